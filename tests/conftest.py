@@ -1,0 +1,77 @@
+"""Runs the Triton kernels without a GPU: the interpreter has to be chosen before triton is first imported."""
+
+import os
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+HAVE_GPU = torch.cuda.is_available()
+
+if not HAVE_GPU:
+    # Later than this, half of triton.language is compiled code already and kernels fail with "0 active drivers".
+    assert "triton" not in sys.modules, "triton was imported before TRITON_INTERPRET could be set"
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# The tests name their backend; a variable left over in the shell must not choose another one behind their back.
+os.environ.pop("DAAM_KERNELS_BACKEND", None)
+
+# An interpreted kernel takes seconds where it would take microseconds, so no example has a deadline.
+settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not HAVE_GPU:
+        pytest.skip("needs a GPU")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_rounds_to_nearest():
+    """Triton's interpreter truncates float32 to bfloat16; GPUs round to nearest even, and so it does here."""
+    if HAVE_GPU or find_spec("triton") is None:
+        yield
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter._convert_float
+
+    def convert(values, source, target, rounding):
+        if source != tl.float32 or target != tl.bfloat16:
+            return original(values, source, target, rounding)
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).reshape(values.shape)
+
+    interpreter._convert_float = convert
+    yield
+    interpreter._convert_float = original
+
+
+@pytest.fixture
+def device():
+    return "cuda" if HAVE_GPU else "cpu"
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Memory that torch.empty and its kin hand out is full of NaN: whatever is read before it is written shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        # The fixture is worth nothing should torch change what it fills.
+        x = torch.ones(3, 4).t()
+        for empty in (torch.empty(2), torch.empty_like(x), x.new_empty(2), torch.empty_strided((2, 2), (2, 1))):
+            assert empty.isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
