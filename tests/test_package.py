@@ -99,10 +99,9 @@ def test_everything_works_on_the_cpu_where_triton_is_not_installed():
     )
 
 
-def test_public_names():
+def test_public_names_exist():
     for name in daam_kernels.__all__:
         assert hasattr(daam_kernels, name)
-    assert sorted(daam_kernels.__all__) == daam_kernels.__all__
 
 
 def test_installed_version_is_the_source_version():
@@ -114,7 +113,7 @@ def test_installed_version_is_the_source_version():
 
 
 @pytest.mark.parametrize("block", README_PYTHON, ids=range(1, len(README_PYTHON) + 1))
-def test_readme_python_runs(block, capsys):
+def test_readme_python_runs(block):
     with torch.random.fork_rng():
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
