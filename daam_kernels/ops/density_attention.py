@@ -72,7 +72,8 @@ def forward(
 
         y = torch.empty_like(x)
         weights = torch.empty_like(x) if return_weights else x.new_empty(0)
-        density_forward(x, mean_offsets, c, mask, options, y, weights, stats)
+        wanted = (weights if return_weights else None, stats if stats.numel() else None)
+        density_forward(x, mean_offsets, c, mask, options, y, *wanted)
         return y, weights, stats
     arguments = options._asdict()
     with torch.no_grad():

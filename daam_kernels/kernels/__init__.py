@@ -1,0 +1,1 @@
+"""Triton kernels. Nothing here is imported before the first call that needs it."""

@@ -1,0 +1,267 @@
+"""The forward pass of density attention.
+
+``forward_resident`` reads x once, writes y once: one launch, for slices that fit one block. Longer slices are split
+over blocks and swept three times: ``split_statistics``, ``split_normaliser`` and ``split_output`` read x three times
+and write y once. Every block merges the partial results of its slices in the same fixed order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..options import DensityOptions
+from .density_math import (
+    FAR,
+    counted_values,
+    density,
+    divide,
+    find_valid,
+    finish_weights,
+    first_valid,
+    head_span,
+    load_gaussians,
+    load_statistics,
+    merge_counts,
+    merge_normaliser,
+    merge_statistics,
+    nearest_distance,
+    normaliser,
+    product_quadratic,
+    reciprocal_sqrt,
+    rescale,
+    save_statistics,
+    slice_coordinates,
+    slice_number,
+    slice_offsets,
+    standardise,
+    tile_offsets,
+    tile_statistics,
+    weighted_output,
+)
+from .host import SIZES, arithmetic_type, device_of, prepare, run
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_resident(
+    x_ptr, y_ptr, weights_ptr, mask_ptr, stats_ptr, mean_offsets_ptr, c_ptr,
+    outer, chunk, length, inner, num_heads, num_gaussians, num_slices,
+    y_stride_o, y_stride_r, y_stride_i, x_stride_o, x_stride_r, x_stride_i,
+    mask_stride_o, mask_stride_r, mask_stride_i,
+    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
+    CLAMP: tl.constexpr, EPS: tl.constexpr,
+    RESIDUAL: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Reads x, writes y, the weights and 3 numbers per slice where asked for. One sweep."""
+    head = tl.program_id(0) % num_heads
+    start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
+    o, i, inside = slice_coordinates(tl.program_id(0) // num_heads, outer, inner, COLUMNS, VEC, BLOCK_S)
+    x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
+    y_base = slice_offsets(o, i, start, y_stride_o, y_stride_r, y_stride_i, COLUMNS, VEC)
+    r = tl.arange(0, BLOCK_R)
+    within = (r < n)[:, None] & inside[None, :]
+    x = tl.load(x_ptr + tile_offsets(x_base, r, x_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
+
+    offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
+    a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
+    if PADDED:
+        mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
+        valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
+        x0 = first_valid(x_ptr, x_base, valid, r, x_stride_r, BLOCK_R, COLUMNS, VEC).to(ACC)
+    else:
+        valid = within
+        x0 = tl.load(x_ptr + x_base, mask=inside, other=0.0).to(ACC)
+    domain = valid if EXCLUDE else within
+
+    shifted = x - x0[None, :]
+    count, mean, var = tile_statistics(shifted, x0, valid, domain, n, EPS, PADDED, EXCLUDE)
+    if stats_ptr is not None:
+        number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
+        save_statistics(stats_ptr, x0, mean, var, number, num_slices, inside)
+    rstd, _, z = standardise(shifted, mean, var, center)
+    nearest = nearest_distance(z, domain)
+    weights = density(z, nearest, domain, a)
+    scale, _ = normaliser(nearest, tl.sum(weights, axis=0), rstd, a, spread, level, CLAMP)
+    weights = finish_weights(weights, scale, valid, count, EXCLUDE)
+
+    at = tile_offsets(y_base, r, y_stride_r, COLUMNS, VEC)
+    y = weighted_output(x, weights, valid, PADDED, RESIDUAL)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=within)
+    if weights_ptr is not None:
+        tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=within)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def split_statistics(
+    x_ptr, mask_ptr, partials_ptr,
+    outer, chunk, length, inner, num_heads, num_slices, num_chunks, tiles,
+    x_stride_o, x_stride_r, x_stride_i, mask_stride_o, mask_stride_r, mask_stride_i,
+    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
+    ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Reads x; writes (count, x0, mean - x0, sum of squared deviations) of each run of a slice."""
+    head = tl.program_id(0) % num_heads
+    start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
+    o, i, inside = slice_coordinates(tl.program_id(0) // num_heads, outer, inner, COLUMNS, VEC, BLOCK_S)
+    x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
+    if PADDED:
+        mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
+    first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
+    count = tl.zeros([BLOCK_S], ACC)
+    mean = tl.zeros([BLOCK_S], ACC)
+    squares = tl.zeros([BLOCK_S], ACC)
+    x0 = tl.zeros([BLOCK_S], ACC)
+    if not PADDED:
+        at = x_base + tl.minimum(first, n - 1) * x_stride_r * (VEC if COLUMNS else 1)
+        x0 = tl.load(x_ptr + at, mask=inside, other=0.0).to(ACC)
+    for t in range(tiles):
+        r = first + t * BLOCK_R + tl.arange(0, BLOCK_R)
+        within = (r < n)[:, None] & inside[None, :]
+        x = tl.load(x_ptr + tile_offsets(x_base, r, x_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
+        valid = within
+        if PADDED:
+            valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
+            found = first_valid(x_ptr, x_base, valid, r, x_stride_r, BLOCK_R, COLUMNS, VEC).to(ACC)
+            x0 = tl.where(count == 0.0, found, x0)
+        domain = valid if EXCLUDE else within
+        counted = counted_values(x - x0[None, :], x0, valid, PADDED, EXCLUDE)
+        tile_count = tl.sum(domain.to(ACC), axis=0)
+        tile_mean = divide(tl.sum(tl.where(domain, counted, 0.0), axis=0), tl.maximum(tile_count, 1.0))
+        deviation = tl.where(domain, counted - tile_mean[None, :], 0.0)
+        delta = tile_mean - mean
+        share = divide(tile_count, tl.maximum(count + tile_count, 1.0))
+        mean += delta * share
+        squares += tl.sum(deviation * deviation, axis=0) + delta * delta * count * share
+        count += tile_count
+    number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
+    field = num_slices.to(tl.int64) * num_chunks
+    at = partials_ptr + number + tl.program_id(1) * num_slices
+    tl.store(at, count, mask=inside)
+    tl.store(at + field, x0, mask=inside)
+    tl.store(at + 2 * field, mean, mask=inside)
+    tl.store(at + 3 * field, squares, mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def split_normaliser(
+    x_ptr, mask_ptr, statistics_ptr, stats_ptr, partials_ptr, mean_offsets_ptr, c_ptr,
+    outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, tiles,
+    x_stride_o, x_stride_r, x_stride_i, mask_stride_o, mask_stride_r, mask_stride_i,
+    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr, EPS: tl.constexpr,
+    ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Reads x; writes 3 numbers per slice, and (smallest z^2, sum of densities over that one's) of each run."""
+    head = tl.program_id(0) % num_heads
+    start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
+    o, i, inside = slice_coordinates(tl.program_id(0) // num_heads, outer, inner, COLUMNS, VEC, BLOCK_S)
+    x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
+    if PADDED:
+        mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
+    number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
+    offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
+    a, center, _, _ = product_quadratic(offset, width, real, EPS, ACC)
+    slices = num_slices.to(tl.int64)
+    x0, mean, var = merge_statistics(statistics_ptr, number, slices, num_chunks, inside, EPS, BLOCK_C)
+    if tl.program_id(1) == 0:
+        save_statistics(stats_ptr, x0, mean, var, number, slices, inside)
+
+    nearest = tl.full([BLOCK_S], FAR, ACC)
+    total = tl.zeros([BLOCK_S], ACC)
+    first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
+    for t in range(tiles):
+        r = first + t * BLOCK_R + tl.arange(0, BLOCK_R)
+        within = (r < n)[:, None] & inside[None, :]
+        x = tl.load(x_ptr + tile_offsets(x_base, r, x_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
+        domain = within
+        if EXCLUDE:
+            domain = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
+        _, _, z = standardise(x - x0[None, :], mean, var, center)
+        before = nearest
+        nearest = tl.minimum(before, nearest_distance(z, domain))
+        total = total * rescale(before, nearest, a) + tl.sum(density(z, nearest, domain, a), axis=0)
+    at = partials_ptr + number + tl.program_id(1) * slices
+    tl.store(at, nearest, mask=inside)
+    tl.store(at + slices * num_chunks, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def split_output(
+    x_ptr, y_ptr, weights_ptr, mask_ptr, statistics_ptr, stats_ptr, partials_ptr, mean_offsets_ptr, c_ptr,
+    outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, tiles,
+    y_stride_o, y_stride_r, y_stride_i, x_stride_o, x_stride_r, x_stride_i,
+    mask_stride_o, mask_stride_r, mask_stride_i,
+    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
+    CLAMP: tl.constexpr, EPS: tl.constexpr,
+    RESIDUAL: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Reads x, writes y, and the weights where asked for."""
+    head = tl.program_id(0) % num_heads
+    start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
+    o, i, inside = slice_coordinates(tl.program_id(0) // num_heads, outer, inner, COLUMNS, VEC, BLOCK_S)
+    x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
+    y_base = slice_offsets(o, i, start, y_stride_o, y_stride_r, y_stride_i, COLUMNS, VEC)
+    if PADDED:
+        mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
+    number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
+    offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
+    a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
+    slices = num_slices.to(tl.int64)
+    x0, mean, var = load_statistics(stats_ptr, number, slices, inside)
+    count = tl.zeros_like(x0)
+    if EXCLUDE:
+        count = merge_counts(statistics_ptr, number, slices, num_chunks, inside, BLOCK_C)
+    nearest, total = merge_normaliser(partials_ptr, number, slices, num_chunks, inside, a, BLOCK_C)
+    scale, _ = normaliser(nearest, total, reciprocal_sqrt(var), a, spread, level, CLAMP)
+
+    first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
+    for t in range(tiles):
+        r = first + t * BLOCK_R + tl.arange(0, BLOCK_R)
+        within = (r < n)[:, None] & inside[None, :]
+        x = tl.load(x_ptr + tile_offsets(x_base, r, x_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
+        valid = within
+        if PADDED:
+            valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
+        domain = valid if EXCLUDE else within
+        _, _, z = standardise(x - x0[None, :], mean, var, center)
+        weights = finish_weights(density(z, nearest, domain, a), scale, valid, count, EXCLUDE)
+        at = tile_offsets(y_base, r, y_stride_r, COLUMNS, VEC)
+        y = weighted_output(x, weights, valid, PADDED, RESIDUAL)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=within)
+        if weights_ptr is not None:
+            tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=within)
+
+
+def density_forward(
+    x: Tensor,
+    mean_offsets: Tensor,
+    c: Tensor,
+    mask: Tensor | None,
+    options: DensityOptions,
+    y: Tensor,
+    weights: Tensor | None,
+    stats: Tensor | None,
+) -> None:
+    """Fill y, and weights and stats where they are given; all of them as the operator allocates them."""
+    if x.numel() == 0:
+        return
+    launch, (x,), mask = prepare(x, mean_offsets, mask, options, ("y", "x"), y)
+    pointers = dict(
+        x_ptr=x, y_ptr=y, weights_ptr=weights, mask_ptr=mask, stats_ptr=stats,
+        mean_offsets_ptr=mean_offsets.contiguous(), c_ptr=c.contiguous(),
+    )  # fmt: skip
+    with device_of(x):
+        if not launch.tile.num_chunks:
+            run(forward_resident, launch, pointers)
+            return
+        fields = x.new_empty((6, launch.tile.num_chunks, launch.num_slices), dtype=arithmetic_type(x))
+        statistics, partials = fields.split((4, 2))
+        if stats is None:
+            pointers["stats_ptr"] = fields.new_empty((3, launch.num_slices))
+        run(split_statistics, launch, dict(pointers, partials_ptr=statistics))
+        pointers.update(statistics_ptr=statistics, partials_ptr=partials)
+        run(split_normaliser, launch, pointers)
+        run(split_output, launch, pointers)

@@ -1,0 +1,282 @@
+"""The arithmetic that the density kernels share, in functions of Triton.
+
+A tile is [BLOCK_R, BLOCK_S]: elements of a slice along the first axis, slices of one head along the second; numbers
+per slice are [BLOCK_S]. ACC is the arithmetic type. ``valid`` marks the elements that are not padding, ``domain``
+those that have a weight: all of the slice, or under EXCLUDE the valid ones. PADDED is false where no element can be
+padding. Offsets are 64 bits wide.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+TWO_PI = tl.constexpr(6.283185307179586)
+FAR = tl.constexpr(3e38)  # farther than any z^2, finite so that differences of it are numbers
+
+
+@triton.jit
+def load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K: tl.constexpr):
+    """The head's K offsets and widths in float64, [BLOCK_K], and which of them are real."""
+    k = tl.arange(0, BLOCK_K)
+    real = k < num_gaussians
+    at = head.to(tl.int64) * num_gaussians + k
+    offset = tl.load(mean_offsets_ptr + at, mask=real, other=0.0).to(tl.float64)
+    width = tl.load(c_ptr + at, mask=real, other=1.0).to(tl.float64)
+    return offset, width, real
+
+
+@triton.jit
+def product_quadratic(offset, width, real, EPS: tl.constexpr, ACC: tl.constexpr):
+    """The K Gaussians as one quadratic: with z = (x - mean - center) / sqrt(var) their product is
+    exp(-a z^2 / 2) * 2^-(spread / var) * 2^-level * eps. Returns (a, center, spread, level), rounded from float64.
+    """
+    inverse = tl.where(real, 1.0 / (width * width), 0.0)
+    a = tl.sum(inverse, axis=0)
+    center = tl.sum(offset * inverse, axis=0) / a
+    from_center = offset - center
+    spread = tl.sum(from_center * from_center * inverse, axis=0) * (0.5 * LOG2_E)
+    log_scale = tl.sum(tl.where(real, tl.log(width * width * TWO_PI), 0.0), axis=0) * 0.5
+    level = (log_scale + tl.log(tl.full([], EPS, tl.float64))) * LOG2_E
+    return a.to(ACC), center.to(ACC), spread.to(ACC), level.to(ACC)
+
+
+@triton.jit
+def head_span(head, num_heads, chunk, length, COLUMNS: tl.constexpr, VEC: tl.constexpr):
+    """(first row, number of rows) of a head along R, in elements; the last head takes the remainder.
+
+    Sizes along the contiguous axis come divided by VEC and are multiplied here, which tells the compiler what divides
+    them.
+    """
+    start = head.to(tl.int64) * chunk
+    count = tl.where(head == num_heads - 1, length - start, chunk)
+    if COLUMNS:
+        return start, count
+    return start * VEC, count * VEC
+
+
+@triton.jit
+def slice_coordinates(block, outer, inner, COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_S: tl.constexpr):
+    """(position in outer, position in inner, is inside) of the slices of a block."""
+    lane = tl.arange(0, BLOCK_S)
+    if COLUMNS:
+        width = inner * VEC
+        blocks = tl.cdiv(width, BLOCK_S)
+        o = (block // blocks).to(tl.int64)
+        i = (block % blocks).to(tl.int64) * BLOCK_S + lane
+        return o, i, (i < width) & (o < outer)
+    s = block.to(tl.int64) * BLOCK_S + lane
+    o = s // inner
+    return o, s % inner, o < outer
+
+
+@triton.jit
+def slice_number(o, i, head, num_heads, inner, COLUMNS: tl.constexpr, VEC: tl.constexpr):
+    """Where numbers per slice are stored: slices counted through outer, heads and inner."""
+    if COLUMNS:
+        return (o * num_heads + head) * (inner * VEC) + i
+    return (o * num_heads + head) * inner + i
+
+
+@triton.jit
+def slice_offsets(o, i, start, stride_o, stride_r, stride_i, COLUMNS: tl.constexpr, VEC: tl.constexpr):
+    """Offsets, in elements, of the first row of each slice."""
+    if COLUMNS:
+        return o * stride_o * VEC + start * stride_r * VEC + i * stride_i
+    return o * stride_o * VEC + start * stride_r + i * stride_i * VEC
+
+
+@triton.jit
+def tile_offsets(base, r, stride_r, COLUMNS: tl.constexpr, VEC: tl.constexpr):
+    """Offsets, in elements, of rows r of the slices that start at base."""
+    if COLUMNS:
+        return r.to(tl.int64)[:, None] * stride_r * VEC + base[None, :]
+    return r.to(tl.int64)[:, None] * stride_r + base[None, :]
+
+
+@triton.jit
+def find_valid(x, inside, mask_ptr, mask_base, r, mask_stride_r, PADDING: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Which elements of a tile are not padding. The mask's strides are never divided by VEC."""
+    valid = inside
+    if PADDING is not None:
+        valid = valid & (x != PADDING)
+    if HAS_MASK:
+        at = r.to(tl.int64)[:, None] * mask_stride_r + mask_base[None, :]
+        valid = valid & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
+    return valid
+
+
+@triton.jit
+def first_valid(ptr, base, valid, r, stride_r, BLOCK_R: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr):
+    """The value of each slice's first valid element in a tile whose rows are r, 0 where it has none."""
+    lane = tl.arange(0, BLOCK_R)
+    first = tl.min(tl.where(valid, lane[:, None], BLOCK_R), axis=0)
+    row = first.to(tl.int64) + tl.min(r, axis=0)
+    at = base + row * stride_r * (VEC if COLUMNS else 1)
+    return tl.load(ptr + at, mask=first < BLOCK_R, other=0.0)
+
+
+@triton.jit
+def divide(a, b):
+    """a / b, rounded correctly: the plain division of float32 is off by two units, which z^2 would multiply."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    return a / b
+
+
+@triton.jit
+def reciprocal_sqrt(v):
+    """1 / sqrt(v) to the last digit."""
+    if v.dtype == tl.float32:
+        return tl.div_rn(tl.full(v.shape, 1.0, tl.float32), tl.sqrt_rn(v))
+    return 1.0 / tl.sqrt(v)
+
+
+@triton.jit
+def tile_statistics(shifted, x0, valid, domain, n, EPS: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr):
+    """(elements counted, mean - x0, variance + eps) of slices that the tile holds whole."""
+    counted = counted_values(shifted, x0, valid, PADDED, EXCLUDE)
+    count = count_elements(domain, x0, n, EXCLUDE)
+    mean = divide(tl.sum(tl.where(domain, counted, 0.0), axis=0), tl.maximum(count, 2.0))
+    deviation = tl.where(domain, counted - mean[None, :], 0.0)
+    return count, mean, divide(tl.sum(deviation * deviation, axis=0), tl.maximum(count, 2.0) - 1.0) + EPS
+
+
+@triton.jit
+def counted_values(shifted, x0, valid, PADDED: tl.constexpr, EXCLUDE: tl.constexpr):
+    """What the statistics see, from x0: padding as zeros, unless it is excluded."""
+    if PADDED and not EXCLUDE:
+        return tl.where(valid, shifted, -x0[None, :])
+    return shifted
+
+
+@triton.jit
+def count_elements(domain, x0, n, EXCLUDE: tl.constexpr):
+    """Elements that the statistics count, per slice, in x0's type."""
+    if EXCLUDE:
+        return tl.sum(domain.to(x0.dtype), axis=0)
+    return tl.zeros_like(x0) + n
+
+
+@triton.jit
+def standardise(shifted, mean, var, center):
+    """(1 / sqrt(var), (x - mean) / sqrt(var), the same from the quadratic's centre); mean and shifted are from x0."""
+    rstd = reciprocal_sqrt(var)
+    standard = (shifted - mean[None, :]) * rstd[None, :]
+    return rstd, standard, standard - (center * rstd)[None, :]
+
+
+@triton.jit
+def nearest_distance(z, domain):
+    """The smallest z^2 of each slice."""
+    return tl.min(tl.where(domain, z * z, FAR), axis=0)
+
+
+@triton.jit
+def density(z, nearest, domain, a):
+    """The slice's densities over its largest one."""
+    return tl.where(domain, tl.exp2((nearest[None, :] - z * z) * (a * (0.5 * LOG2_E))), 0.0)
+
+
+@triton.jit
+def normaliser(nearest, total, rstd, a, spread, level, CLAMP: tl.constexpr):
+    """(what a density is multiplied with to become a weight, whether the sum of the slice is below eps)."""
+    if CLAMP:
+        log_peak = -(nearest * (a * (0.5 * LOG2_E)) + spread * rstd * rstd + level)
+        clamped = log_peak + tl.log2(total) < 0.0
+        return tl.where(clamped, tl.exp2(log_peak), 1.0 / total), clamped
+    return 1.0 / total, total < 0.0
+
+
+@triton.jit
+def rescale(before, after, a):
+    """What densities over the one at z^2 = ``before`` are multiplied with to be over the one at ``after``."""
+    return tl.exp2((after - before) * (a * (0.5 * LOG2_E)))
+
+
+@triton.jit
+def finish_weights(densities, scale, valid, count, EXCLUDE: tl.constexpr):
+    """Densities times scale; a slice with fewer than two valid elements keeps its x, so its weights are 1."""
+    weights = densities * scale[None, :]
+    if EXCLUDE:
+        weights = tl.where((count < 2.0)[None, :], valid.to(weights.dtype), weights)
+    return weights
+
+
+@triton.jit
+def weighted_output(x, weights, valid, PADDED: tl.constexpr, RESIDUAL: tl.constexpr):
+    """x * weights where valid, x where padded, plus x with RESIDUAL."""
+    y = x * weights
+    if PADDED:
+        y = tl.where(valid, y, x)
+    if RESIDUAL:
+        y = y + x
+    return y
+
+
+@triton.jit
+def save_statistics(stats_ptr, x0, mean, var, number, num_slices, inside):
+    """Rows of [3, slices]: x0, mean - x0, variance."""
+    at = stats_ptr + number
+    tl.store(at, x0, mask=inside)
+    tl.store(at + num_slices, mean, mask=inside)
+    tl.store(at + 2 * num_slices, var, mask=inside)
+
+
+@triton.jit
+def load_statistics(stats_ptr, number, num_slices, inside):
+    """What ``save_statistics`` stored; slices that are not inside get a variance of 1."""
+    at = stats_ptr + number
+    x0 = tl.load(at, mask=inside, other=0.0)
+    mean = tl.load(at + num_slices, mask=inside, other=0.0)
+    return x0, mean, tl.load(at + 2 * num_slices, mask=inside, other=1.0)
+
+
+@triton.jit
+def partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C: tl.constexpr):
+    """Offsets [BLOCK_C, BLOCK_S] of one field of the partial results [fields, chunks, slices], and which exist."""
+    c = tl.arange(0, BLOCK_C)
+    return c[:, None] * num_slices + number[None, :], (c < num_chunks)[:, None] & inside[None, :]
+
+
+@triton.jit
+def pick_first(values, present, BLOCK_C: tl.constexpr):
+    """Of values [BLOCK_C, BLOCK_S], the first present one of each column; 0 where there is none."""
+    c = tl.arange(0, BLOCK_C)[:, None]
+    first = tl.min(tl.where(present, c, BLOCK_C), axis=0)
+    return tl.sum(tl.where(c == first[None, :], values, 0.0), axis=0)
+
+
+@triton.jit
+def merge_counts(partials_ptr, number, num_slices, num_chunks, inside, BLOCK_C: tl.constexpr):
+    """Elements that the statistics counted, per slice: field 0 of the partial statistics."""
+    at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
+    return tl.sum(tl.load(partials_ptr + at, mask=there, other=0.0), axis=0)
+
+
+@triton.jit
+def merge_statistics(partials_ptr, number, num_slices, num_chunks, inside, EPS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(x0, mean - x0, variance + eps) of whole slices from the (count, x0, mean - x0, squares) of their runs."""
+    at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
+    field = num_slices * num_chunks
+    counts = tl.load(partials_ptr + at, mask=there, other=0.0)
+    x0s = tl.load(partials_ptr + field + at, mask=there, other=0.0)
+    means = tl.load(partials_ptr + 2 * field + at, mask=there, other=0.0)
+    squares = tl.load(partials_ptr + 3 * field + at, mask=there, other=0.0)
+    present = counts > 0.0
+    x0 = pick_first(x0s, present, BLOCK_C)
+    members = tl.maximum(tl.sum(counts, axis=0), 2.0)
+    offsets = tl.where(present, (x0s - x0[None, :]) + means, 0.0)
+    mean = divide(tl.sum(counts * offsets, axis=0), members)
+    deviation = offsets - mean[None, :]
+    return x0, mean, divide(tl.sum(squares + counts * deviation * deviation, axis=0), members - 1.0) + EPS
+
+
+@triton.jit
+def merge_normaliser(partials_ptr, number, num_slices, num_chunks, inside, a, BLOCK_C: tl.constexpr):
+    """(smallest z^2, sum of densities over that one's) of whole slices from those of their runs."""
+    at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
+    nearests = tl.load(partials_ptr + at, mask=there, other=FAR)
+    totals = tl.load(partials_ptr + num_slices * num_chunks + at, mask=there, other=0.0)
+    nearest = tl.min(nearests, axis=0)
+    return nearest, tl.sum(totals * rescale(nearests, nearest[None, :], a), axis=0)

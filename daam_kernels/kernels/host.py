@@ -1,0 +1,99 @@
+"""From tensors to a launch: views, copies where a view does not exist, and the arguments that all kernels share."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..options import DensityOptions
+from .launch import Launch, density_launch, slice_view
+
+# Plain numbers: what divides them is told to the compiler by VEC, so their values must not make new kernels.
+SIZES = ["outer", "chunk", "length", "num_heads", "num_gaussians", "num_slices", "num_chunks", "num_partials", "tiles"]
+
+
+def arithmetic_type(x: Tensor) -> torch.dtype:
+    """The type that sums are taken in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def prepare(
+    x: Tensor,
+    mean_offsets: Tensor,
+    mask: Tensor | None,
+    options: DensityOptions,
+    names: tuple[str, ...],
+    out: Tensor,
+    *others: Tensor,
+) -> tuple[Launch, tuple[Tensor, ...], Tensor | None]:
+    """The launch for ``out``, dense and of x's shape, and the tensors x, *others and mask to launch it with.
+
+    ``names`` are what the kernels call out, x and the others; with others it is a backward pass. A tensor is copied
+    only where it has no [outer, R, inner] strides in out's order of axes.
+    """
+    tensors = tuple(_viewable(t, options.norm_axis, out) for t in (x, *others))
+    mask_strides = None
+    if mask is not None:
+        mask = _viewable(mask.expand(x.shape), options.norm_axis, out)
+        mask_strides = mask.stride()
+    launch = _launch(
+        x.shape, x.dtype, out.stride(), tuple(t.stride() for t in tensors), mask_strides, names,
+        mean_offsets.shape, options,
+    )  # fmt: skip
+    return launch, tensors, None if mask is None else mask.view(torch.uint8)
+
+
+def run(kernel: Any, launch: Launch, pointers: dict[str, Tensor | None]) -> None:
+    """Launch a kernel on those of the pointers that it takes."""
+    grid = (launch.num_programs, max(1, launch.tile.num_chunks))
+    taken = {name: pointers[name] for name in kernel.arg_names if name in pointers}
+    kernel[grid](**taken, **launch.arguments(kernel))
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which must be x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _viewable(t: Tensor, axis: int, out: Tensor) -> Tensor:
+    if slice_view(out.shape, axis, out.stride(), t.stride()) is not None:
+        return t
+    return torch.empty_like(out, dtype=t.dtype).copy_(t)
+
+
+@lru_cache(maxsize=4096)
+def _launch(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    dense: tuple[int, ...],
+    strides: tuple[tuple[int, ...], ...],
+    mask_strides: tuple[int, ...] | None,
+    names: tuple[str, ...],
+    parameters: torch.Size,
+    options: DensityOptions,
+) -> Launch:
+    view = slice_view(shape, options.norm_axis, dense, *strides)
+    mask_view = (0, 0, 0)
+    if mask_strides is not None:
+        mask_view = slice_view(shape, options.norm_axis, dense, mask_strides).strides[1]
+    padding = None
+    if options.padding_value is not None:
+        padding = torch.tensor(options.padding_value, dtype=dtype).item()
+        padding = None if padding != padding else padding  # nothing equals a NaN
+    padded = padding is not None or mask_strides is not None
+    flags = {
+        "PADDING": padding,
+        "HAS_MASK": mask_strides is not None,
+        "PADDED": padded,
+        "EXCLUDE": padded and options.padding_stats == "exclude",
+        "CLAMP": options.normalize == "clamp",
+        "RESIDUAL": options.residual,
+        "EPS": options.eps,
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+    }
+    return density_launch(view, names, mask_view, *parameters, dtype.itemsize, len(names) > 2, flags)
