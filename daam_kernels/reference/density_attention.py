@@ -42,11 +42,13 @@ class _Slices(NamedTuple):
     skipped: Tensor | None  # slices left as they are, for want of two valid elements
     clamped: Tensor | None  # slices whose sum is below eps
     quad: _Quadratic
-    x0: Tensor
-    shifted: Tensor  # x - x0
     rstd: Tensor
     standard: Tensor  # (x - mean) / sqrt(var)
     z: Tensor  # standard, from the centre of the quadratic
+    nearest: Tensor  # where in the slice z is smallest, the density largest
+    peak: Tensor  # z there
+    apart: Tensor  # x - x there
+    gap: Tensor  # z - peak
     weights: Tensor
 
 
@@ -118,18 +120,20 @@ def density_attention_backward(
         g = cut(grad).to(s.x.dtype)
         g_valid = g if s.valid is None else torch.where(s.valid, g, 0)
 
-        # q - D, q = g x and D = sum w q, without its cancellation: with h = g - mean_w(g) and t = g (x - x0) it is
-        # x0 (h - sum w h) + (t - sum w t). The second subtraction removes what rounding left in the first.
-        h = g_valid - (s.weights * g_valid).sum(along, keepdim=True)
-        t = g_valid * s.shifted
-        q = s.x0 * (h - (s.weights * h).sum(along, keepdim=True)) + (t - (s.weights * t).sum(along, keepdim=True))
+        # q - D, q = g x and D = sum w q, without its cancellation. The weights sum to one, so q may be taken relative
+        # to q where the density is largest: g x - g_1 x_1 = (g - g_1) x_1 + g (x - x_1).
+        g_peak, x_peak = (t.gather(along, s.nearest) for t in (g_valid, s.x))
+        q = (g_valid - g_peak) * x_peak + g_valid * s.apart
+        q = q - (s.weights * q).sum(along, keepdim=True)
         if s.clamped is not None:
             q = torch.where(s.clamped, g_valid * s.x, q)
         p = s.weights * q
         if s.skipped is not None:
             p = torch.where(s.skipped, 0, p)
-        u1, u2 = (p * s.z).sum(along, keepdim=True), (p * s.z.square()).sum(along, keepdim=True)
-        t0 = torch.zeros_like(u1) if s.clamped is None else torch.where(s.clamped, p.sum(along, keepdim=True), 0)
+        t0 = torch.zeros_like(s.peak) if s.clamped is None else torch.where(s.clamped, p.sum(along, keepdim=True), 0)
+        p_gap = p * s.gap
+        u1 = p_gap.sum(along, keepdim=True) + s.peak * t0
+        u2 = (p_gap * (s.gap + 2 * s.peak)).sum(along, keepdim=True) + s.peak.square() * t0
 
         through_mean = s.quad.a * s.rstd * u1 / s.count
         through_var = (s.quad.a * u2 + s.quad.e * s.rstd.square() * t0) * s.rstd / (s.count - 1)
@@ -226,24 +230,27 @@ def _weigh(
     standard = (shifted - mean) * rstd
     z = standard - quad.center * rstd
 
-    # Relative to the slice's largest density nothing underflows, and nothing overflows.
-    distance = z.square()
+    # Relative to the slice's largest density nothing underflows, and nothing overflows. The difference of the squares
+    # is taken as gap (gap + 2 peak): so what all elements have in common, a far mean among it, costs no digits.
     domain = valid | skipped if exclude else None
-    far = distance if domain is None else torch.where(domain, distance, math.inf)
-    nearest = far.detach().amin(axis, keepdim=True)
-    density = torch.exp(-0.5 * quad.a * (distance - nearest))
+    distance = z.detach().square()
+    nearest = (distance if domain is None else torch.where(domain, distance, math.inf)).argmin(axis, keepdim=True)
+    peak = z.gather(axis, nearest)
+    apart = shifted - shifted.gather(axis, nearest)
+    gap = apart * rstd
+    density = torch.exp(-0.5 * quad.a * gap * (gap + 2 * peak))
     if domain is not None:
         density = torch.where(domain, density, 0)
     log_norm = density.sum(axis, keepdim=True).log()
     clamped = None
     if normalize == "clamp":
-        log_peak = -0.5 * (quad.a * nearest + quad.e * rstd.square()) - (quad.log_scale + math.log(eps))
+        log_peak = -0.5 * (quad.a * peak.square() + quad.e * rstd.square()) - (quad.log_scale + math.log(eps))
         clamped = log_norm + log_peak < 0
         log_norm = torch.maximum(log_norm, -log_peak)
     weights = density * torch.exp(-log_norm)
     if exclude:
         weights = torch.where(skipped, valid.to(x.dtype), weights)
-    return _Slices(x, valid, count, skipped, clamped, quad, x0, shifted, rstd, standard, z, weights)
+    return _Slices(x, valid, count, skipped, clamped, quad, rstd, standard, z, nearest, peak, apart, gap, weights)
 
 
 def _quadratic(mean_offsets: Tensor, c: Tensor, dtype: torch.dtype) -> _Quadratic:
