@@ -17,7 +17,7 @@ def main(wheel: str) -> None:
     packaged = {name for name in names if ".dist-info/" not in name}
     sources = {path.as_posix() for path in Path("daam_kernels").rglob("*.py")} | {"daam_kernels/py.typed"}
     if packaged != sources:
-        sys.exit(f"missing from the wheel: {sorted(sources - packaged)}\nnot wanted there: {sorted(packaged - sources)}")
+        sys.exit(f"missing in the wheel: {sorted(sources - packaged)}; too much: {sorted(packaged - sources)}")
     required = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
     if required != ["torch>=2.11"]:
         sys.exit(f"the package must depend on torch>=2.11 alone, it does on {required}")
