@@ -41,6 +41,7 @@ from .density_math import (
     weighted_output,
 )
 from .host import SIZES, arithmetic_type, device_of, prepare, run
+from .launch import Launch
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -257,11 +258,22 @@ def density_forward(
         if not launch.tile.num_chunks:
             run(forward_resident, launch, pointers)
             return
-        fields = x.new_empty((6, launch.tile.num_chunks, launch.num_slices), dtype=arithmetic_type(x))
-        statistics, partials = fields.split((4, 2))
-        if stats is None:
-            pointers["stats_ptr"] = fields.new_empty((3, launch.num_slices))
-        run(split_statistics, launch, dict(pointers, partials_ptr=statistics))
-        pointers.update(statistics_ptr=statistics, partials_ptr=partials)
-        run(split_normaliser, launch, pointers)
+        pointers = sweep_statistics(launch, pointers)
         run(split_output, launch, pointers)
+
+
+def sweep_statistics(launch: Launch, pointers: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The first two sweeps over split slices: fills stats, its own where the pointers have none.
+
+    Returns the pointers with stats and the partial results added.
+    """
+    x = pointers["x_ptr"]
+    fields = x.new_empty((6, launch.tile.num_chunks, launch.num_slices), dtype=arithmetic_type(x))
+    statistics, partials = fields.split((4, 2))
+    stats = pointers["stats_ptr"]
+    if stats is None:
+        stats = fields.new_empty((3, launch.num_slices))
+    pointers = dict(pointers, stats_ptr=stats, statistics_ptr=statistics, partials_ptr=partials)
+    run(split_statistics, launch, dict(pointers, partials_ptr=statistics))
+    run(split_normaliser, launch, pointers)
+    return pointers

@@ -48,9 +48,9 @@ def prepare(
     return launch, tensors, None if mask is None else mask.view(torch.uint8)
 
 
-def run(kernel: Any, launch: Launch, pointers: dict[str, Tensor | None]) -> None:
-    """Launch a kernel on those of the pointers that it takes."""
-    grid = (launch.num_programs, max(1, launch.tile.num_chunks))
+def run(kernel: Any, launch: Launch, pointers: dict[str, Tensor | None], grid: tuple[int, ...] = ()) -> None:
+    """Launch a kernel on those of the pointers that it takes, over the launch's grid or one of its own."""
+    grid = grid or (launch.num_programs, max(1, launch.tile.num_chunks))
     taken = {name: pointers[name] for name in kernel.arg_names if name in pointers}
     kernel[grid](**taken, **launch.arguments(kernel))
 

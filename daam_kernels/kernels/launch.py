@@ -22,6 +22,7 @@ _WIDE_ROW, _NARROW_ROW = 256, 128  # bytes of neighbouring slices that one warp 
 _PROGRAMS = 528  # four for each of an H200's 132 processors
 _MERGED = 4096  # partial results that a program merges at once
 _MAX_PARTIALS = 4096  # parameter-gradient partials per head
+_REDUCTION = 1024  # of which that many are added at a time
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def density_launch(
         "BLOCK_S": tile.block_s,
         "BLOCK_K": _power_of_two(num_gaussians),
         "BLOCK_C": _power_of_two(tile.num_chunks or 1),
+        "BLOCK_P": _REDUCTION,
         **flags,
     }
     for name, (o, r, i) in zip(names, view.strides):

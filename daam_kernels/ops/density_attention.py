@@ -16,6 +16,7 @@ from ..backends import resolve
 from ..options import DensityOptions
 
 _MIN_SAVED = 64  # shorter slices recompute their statistics: saving them would move as many bytes as x does
+_ALWAYS_SAVED = 1024  # a last head with that long a remainder may not fit one block, and then needs them
 
 _OPTIONS = "int norm_axis, float? padding_value, str padding_stats, str normalize, float eps, bool residual"
 
@@ -98,7 +99,7 @@ def backward(
     if resolve(backend, x) == "triton":
         from ..kernels.density_backward import density_backward
 
-        return density_backward(grad, x, mean_offsets, c, mask, stats, options)
+        return density_backward(grad, x, mean_offsets, c, mask, stats if stats.numel() else None, options)
     with torch.no_grad():
         dx, dmean_offsets, dc = reference.density_attention_backward(
             grad, x, mean_offsets, c, mask=mask, **options._asdict()
@@ -211,7 +212,8 @@ def _is_plain_eager(*tensors: Tensor | None) -> bool:
 
 def _stats_shape(x: Tensor, mean_offsets: Tensor, options: DensityOptions, save_stats: bool) -> tuple[int, ...]:
     num_heads, length = mean_offsets.shape[0], x.shape[options.norm_axis]
-    if not save_stats or length // num_heads < _MIN_SAVED:
+    chunk = length // num_heads
+    if not save_stats or (chunk < _MIN_SAVED and length - (num_heads - 1) * chunk < _ALWAYS_SAVED):
         return (0,)
     return 3, x.numel() // length * num_heads
 
