@@ -231,20 +231,23 @@ def _weigh(
     z = standard - quad.center * rstd
 
     # Relative to the slice's largest density nothing underflows, and nothing overflows. The difference of the squares
-    # is taken as gap (gap + 2 peak): so what all elements have in common, a far mean among it, costs no digits.
+    # is taken as gap (gap + 2 peak): so what all elements have in common, a far mean among it, costs no digits. Where
+    # rounding hid which element is nearest, the difference may be negative, and its minimum sees to it.
     domain = valid | skipped if exclude else None
     distance = z.detach().square()
     nearest = (distance if domain is None else torch.where(domain, distance, math.inf)).argmin(axis, keepdim=True)
     peak = z.gather(axis, nearest)
     apart = shifted - shifted.gather(axis, nearest)
     gap = apart * rstd
-    density = torch.exp(-0.5 * quad.a * gap * (gap + 2 * peak))
+    rise = gap * (gap + 2 * peak)
+    lowest = (rise if domain is None else torch.where(domain, rise, math.inf)).detach().amin(axis, keepdim=True)
+    density = torch.exp(-0.5 * quad.a * (rise - lowest))
     if domain is not None:
         density = torch.where(domain, density, 0)
     log_norm = density.sum(axis, keepdim=True).log()
     clamped = None
     if normalize == "clamp":
-        log_peak = -0.5 * (quad.a * peak.square() + quad.e * rstd.square()) - (quad.log_scale + math.log(eps))
+        log_peak = -0.5 * (quad.a * (peak.square() + lowest) + quad.e * rstd.square()) - (quad.log_scale + math.log(eps))
         clamped = log_norm + log_peak < 0
         log_norm = torch.maximum(log_norm, -log_peak)
     weights = density * torch.exp(-log_norm)
