@@ -158,6 +158,7 @@ LITERAL_DATA = {  # mean, deviation of x, scale of the offsets, width of the Gau
     "c = 1e-6": (0, 1, 0, 1e-6),
     "c = 1e6": (0, 1, 1, 1e6),
     "tiny x": (0, 1e-6, 1e-7, 2.0),
+    "far offsets": (0, 1, 1e3, 2.0),
 }
 
 
