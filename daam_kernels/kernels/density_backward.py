@@ -23,7 +23,6 @@ from .density_math import (
     LN_2,
     count_elements,
     density,
-    divide,
     find_valid,
     finish_weights,
     first_valid,
@@ -51,12 +50,11 @@ from .host import SIZES, arithmetic_type, device_of, prepare, run
 
 @triton.jit
 def slice_gradient(
-    g_valid, x, shifted, x0, weights, domain, count, clamped, g0, h_mean, t_mean,
+    g_valid, x, shifted, x0, weights, domain, count, clamped, g0, q_mean,
     CLAMP: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
 ):  # fmt: skip
-    """p of a tile; ``h_mean`` and ``t_mean`` are the weighted means of h = g - g0 and t = g (x - x0)."""
-    h = (g_valid - g0[None, :]) - h_mean[None, :]
-    q = h * x0[None, :] + (g_valid * shifted - t_mean[None, :])
+    """p of a tile; ``q_mean`` is the weighted mean of x0 (g - g0) + g (x - x0)."""
+    q = (g_valid - g0[None, :]) * x0[None, :] + (g_valid * shifted - q_mean[None, :])
     if CLAMP:
         q = tl.where(clamped[None, :], g_valid * x, q)
     p = weights * q
@@ -69,38 +67,42 @@ def slice_gradient(
 
 @triton.jit
 def input_gradient(
-    g, p, weights, standard, z, rstd, t0, u1, u2, count, a, spread, valid,
+    g, p, weights, z, rstd, t0, u1, u2, count, a, center, spread, valid,
     PADDED: tl.constexpr, EXCLUDE: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """dx of a tile: through x itself, through every z, and through the slice's mean and variance."""
+    """dx of a tile: through x itself, through every z, and through the slice's mean and variance.
+
+    The latter two are one linear function of z per slice.
+    """
     members = tl.maximum(count, 2.0)
-    through_mean = divide(a * rstd * u1, members)
-    through_var = divide((a * u2 + spread * (2.0 * LN_2) * rstd * rstd * t0) * rstd, members - 1.0)
-    dx = g * weights + through_mean[None, :] + through_var[None, :] * standard
+    through_mean = a * rstd * u1 / members
+    through_var = (a * u2 + spread * (2.0 * LN_2) * rstd * rstd * t0) * rstd / (members - 1.0)
+    constant = through_mean + through_var * (center * rstd)
+    direct = g * weights + constant[None, :] + through_var[None, :] * z
     if EXCLUDE:
-        dx = tl.where((count < 2.0)[None, :], g, dx)
+        direct = tl.where((count < 2.0)[None, :], g, direct)
     if PADDED:
-        dx = tl.where(valid, dx, g)
-    dx -= p * z * (a * rstd)[None, :]
+        direct = tl.where(valid, direct, g)
+    dx = direct - p * z * (a * rstd)[None, :]
     if RESIDUAL:
         dx += g
     return dx
 
 
 @triton.jit
-def save_partials(partials_ptr, head, block, num_partials, t0, t0_var, u1_std, u2):
-    """A block's four sums, at [head, 4, block]."""
+def save_partials(partials_ptr, head, block, num_partials, t0, u1, u2, rstd, inside):
+    """The four sums that the parameter gradients need, over the slices of a block, at [head, 4, block]."""
     at = partials_ptr + head.to(tl.int64) * 4 * num_partials + block
-    tl.store(at, t0)
-    tl.store(at + num_partials, t0_var)
-    tl.store(at + 2 * num_partials, u1_std)
-    tl.store(at + 3 * num_partials, u2)
+    tl.store(at, tl.sum(tl.where(inside, t0, 0.0), axis=0))
+    tl.store(at + num_partials, tl.sum(tl.where(inside, t0 * rstd * rstd, 0.0), axis=0))
+    tl.store(at + 2 * num_partials, tl.sum(tl.where(inside, u1 * rstd, 0.0), axis=0))
+    tl.store(at + 3 * num_partials, tl.sum(tl.where(inside, u2, 0.0), axis=0))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_resident(
     x_ptr, g_ptr, dx_ptr, mask_ptr, stats_ptr, partials_ptr, mean_offsets_ptr, c_ptr,
-    outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_partials, tiles,
+    outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_partials,
     dx_stride_o, dx_stride_r, dx_stride_i, x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
@@ -110,75 +112,62 @@ def backward_resident(
     """Reads x and g, writes dx, and four sums per block. One sweep."""
     head = tl.program_id(0) % num_heads
     start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
+    block = tl.program_id(0) // num_heads
+    o, i, inside = slice_coordinates(block, outer, inner, COLUMNS, VEC, BLOCK_S)
     r = tl.arange(0, BLOCK_R)
+    within = (r < n)[:, None] & inside[None, :]
+    x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
+    g_base = slice_offsets(o, i, start, g_stride_o, g_stride_r, g_stride_i, COLUMNS, VEC)
+    dx_base = slice_offsets(o, i, start, dx_stride_o, dx_stride_r, dx_stride_i, COLUMNS, VEC)
+    x = tl.load(x_ptr + tile_offsets(x_base, r, x_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
+    g = tl.load(g_ptr + tile_offsets(g_base, r, g_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
     a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
-    sum_t0 = tl.zeros([BLOCK_S], ACC)
-    sum_t0_var = tl.zeros([BLOCK_S], ACC)
-    sum_u1_std = tl.zeros([BLOCK_S], ACC)
-    sum_u2 = tl.zeros([BLOCK_S], ACC)
-    for tile in range(tiles):
-        o, i, inside = slice_coordinates(
-            tl.program_id(0) // num_heads * tiles + tile, outer, inner, COLUMNS, VEC, BLOCK_S
-        )
-        within = (r < n)[:, None] & inside[None, :]
-        x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
-        g_base = slice_offsets(o, i, start, g_stride_o, g_stride_r, g_stride_i, COLUMNS, VEC)
-        dx_base = slice_offsets(o, i, start, dx_stride_o, dx_stride_r, dx_stride_i, COLUMNS, VEC)
-        x = tl.load(x_ptr + tile_offsets(x_base, r, x_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
-        g = tl.load(g_ptr + tile_offsets(g_base, r, g_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
-        valid = within
-        g_valid = g
+    valid = within
+    g_valid = g
+    if PADDED:
+        mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
+        valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
+        g_valid = tl.where(valid, g, 0.0)
+    domain = valid if EXCLUDE else within
+    if stats_ptr is not None:
+        number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
+        x0, mean, var = load_statistics(stats_ptr, number, num_slices, inside)
+        shifted = x - x0[None, :]
+        count = count_elements(domain, x0, n, EXCLUDE)
+    else:
         if PADDED:
-            mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
-            valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
-            g_valid = tl.where(valid, g, 0.0)
-        domain = valid if EXCLUDE else within
-        if stats_ptr is not None:
-            number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
-            x0, mean, var = load_statistics(stats_ptr, number, num_slices, inside)
-            shifted = x - x0[None, :]
-            count = count_elements(domain, x0, n, EXCLUDE)
+            x0 = first_valid(x_ptr, x_base, valid, r, x_stride_r, BLOCK_R, COLUMNS, VEC).to(ACC)
         else:
-            if PADDED:
-                x0 = first_valid(x_ptr, x_base, valid, r, x_stride_r, BLOCK_R, COLUMNS, VEC).to(ACC)
-            else:
-                x0 = tl.load(x_ptr + x_base, mask=inside, other=0.0).to(ACC)
-            shifted = x - x0[None, :]
-            count, mean, var = tile_statistics(shifted, x0, valid, domain, n, EPS, PADDED, EXCLUDE)
-        if EXCLUDE:
-            shifted = tl.where(valid, shifted, 0.0)
-        rstd, standard, z = standardise(shifted, mean, var, center)
-        nearest = nearest_distance(z, domain)
-        densities = density(z, nearest, domain, a)
-        scale, clamped = normaliser(nearest, tl.sum(densities, axis=0), rstd, a, spread, level, CLAMP)
-        weights = finish_weights(densities, scale, valid, count, EXCLUDE)
+            x0 = tl.load(x_ptr + x_base, mask=inside, other=0.0).to(ACC)
+        shifted = x - x0[None, :]
+        count, mean, var = tile_statistics(shifted, x0, valid, domain, n, EPS, PADDED, EXCLUDE)
+    if EXCLUDE:
+        shifted = tl.where(valid, shifted, 0.0)
+    rstd = reciprocal_sqrt(var)
+    z = standardise(shifted, mean, rstd, center)
+    nearest = nearest_distance(z, domain)
+    densities = density(z, nearest, domain, a)
+    scale, clamped = normaliser(nearest, tl.sum(densities, axis=0), rstd, a, spread, level, CLAMP)
+    weights = finish_weights(densities, scale, valid, count, EXCLUDE)
 
-        # With g0 the weighted mean of g, the mean of h is what rounding left of it.
-        g0 = tl.sum(weights * g_valid, axis=0)
-        h_mean = tl.sum(weights * (g_valid - g0[None, :]), axis=0)
-        t_mean = tl.sum(weights * (g_valid * shifted), axis=0)
-        p = slice_gradient(
-            g_valid, x, shifted, x0, weights, domain, count, clamped, g0, h_mean, t_mean, CLAMP, PADDED, EXCLUDE
-        )
-        u1 = tl.sum(p * z, axis=0)
-        u2 = tl.sum(p * z * z, axis=0)
-        t0 = tl.zeros_like(u1)
-        if CLAMP:
-            t0 = tl.where(clamped, tl.sum(p, axis=0), 0.0)
-        dx = input_gradient(
-            g, p, weights, standard, z, rstd, t0, u1, u2, count, a, spread, valid, PADDED, EXCLUDE, RESIDUAL
-        )
-        at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)
-        sum_t0 += tl.where(inside, t0, 0.0)
-        sum_t0_var += tl.where(inside, t0 * rstd * rstd, 0.0)
-        sum_u1_std += tl.where(inside, u1 * rstd, 0.0)
-        sum_u2 += tl.where(inside, u2, 0.0)
-    save_partials(
-        partials_ptr, head, tl.program_id(0) // num_heads, num_partials,
-        tl.sum(sum_t0, axis=0), tl.sum(sum_t0_var, axis=0), tl.sum(sum_u1_std, axis=0), tl.sum(sum_u2, axis=0),
-    )  # fmt: skip
+    # With g0 the weighted mean of g, x0 (g - g0) adds to q_mean only what rounding left.
+    g0 = tl.sum(weights * g_valid, axis=0)
+    q_mean = tl.sum(weights * ((g_valid - g0[None, :]) * x0[None, :] + g_valid * shifted), axis=0)
+    p = slice_gradient(
+        g_valid, x, shifted, x0, weights, domain, count, clamped, g0, q_mean, CLAMP, PADDED, EXCLUDE
+    )
+    u1 = tl.sum(p * z, axis=0)
+    u2 = tl.sum(p * z * z, axis=0)
+    t0 = tl.zeros_like(u1)
+    if CLAMP:
+        t0 = tl.where(clamped, tl.sum(p, axis=0), 0.0)
+    dx = input_gradient(
+        g, p, weights, z, rstd, t0, u1, u2, count, a, center, spread, valid, PADDED, EXCLUDE, RESIDUAL
+    )
+    at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)
+    save_partials(partials_ptr, head, block, num_partials, t0, u1, u2, rstd, inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -201,10 +190,11 @@ def split_sums(
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
-    a, center, _, _ = product_quadratic(offset, width, real, EPS, ACC)
+    a, center, _spread, _level = product_quadratic(offset, width, real, EPS, ACC)
     slices = num_slices.to(tl.int64)
     x0, mean, var = load_statistics(stats_ptr, number, slices, inside)
 
+    rstd = reciprocal_sqrt(var)
     count = tl.zeros([BLOCK_S], ACC)
     seen = tl.zeros([BLOCK_S], ACC)
     g0 = tl.zeros([BLOCK_S], ACC)
@@ -243,7 +233,7 @@ def split_sums(
         seen += tl.sum(valid.to(ACC), axis=0)
         count += tl.sum(domain.to(ACC), axis=0)
 
-        _, _, z = standardise(shifted, mean, var, center)
+        z = standardise(shifted, mean, rstd, center)
         before = nearest
         nearest = tl.minimum(before, nearest_distance(z, domain))
         shrink = rescale(before, nearest, a)
@@ -284,8 +274,8 @@ def merge_sums(
 ):  # fmt: skip
     """Whole slices from the sums of their runs.
 
-    Returns (elements counted, smallest z^2, factor from density to weight, clamped, g0, weighted means of h and t,
-    T0, U1, U2).
+    Returns (elements counted, smallest z^2, factor from density to weight, clamped, g0, weighted mean of
+    x0 (g - g0) + g (x - x0), T0, U1, U2).
     """
     at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
     field = num_slices * num_chunks
@@ -309,8 +299,9 @@ def merge_sums(
     t2 = tl.sum(tl.load(sums_ptr + 9 * field + at, mask=there, other=0.0) * shrink, axis=0)
 
     scale, clamped = normaliser(nearest, s0, rstd, a, spread, level, CLAMP)
-    h_mean = divide(h0, s0)
-    t_mean = divide(t0, s0)
+    h_mean = h0 / s0
+    t_mean = t0 / s0
+    q_mean = x0 * h_mean + t_mean
     u0 = tl.zeros_like(s0)
     u1 = (x0 * (h1 - h_mean * s1) + (t1 - t_mean * s1)) * scale
     u2 = (x0 * (h2 - h_mean * s2) + (t2 - t_mean * s2)) * scale
@@ -322,7 +313,7 @@ def merge_sums(
         u0 = tl.where(count < 2.0, 0.0, u0)
         u1 = tl.where(count < 2.0, 0.0, u1)
         u2 = tl.where(count < 2.0, 0.0, u2)
-    return count, nearest, scale, clamped, g0, h_mean, t_mean, u0, u1, u2
+    return count, nearest, scale, clamped, g0, q_mean, u0, u1, u2
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -350,15 +341,11 @@ def split_gradient(
     slices = num_slices.to(tl.int64)
     x0, mean, var = load_statistics(stats_ptr, number, slices, inside)
     rstd = reciprocal_sqrt(var)
-    count, nearest, scale, clamped, g0, h_mean, t_mean, t0, u1, u2 = merge_sums(
+    count, nearest, scale, clamped, g0, q_mean, t0, u1, u2 = merge_sums(
         sums_ptr, number, slices, num_chunks, inside, x0, rstd, a, spread, level, CLAMP, EXCLUDE, BLOCK_C
     )
     if tl.program_id(1) == 0:
-        save_partials(
-            partials_ptr, head, tl.program_id(0) // num_heads, num_partials,
-            tl.sum(tl.where(inside, t0, 0.0), axis=0), tl.sum(tl.where(inside, t0 * rstd * rstd, 0.0), axis=0),
-            tl.sum(tl.where(inside, u1 * rstd, 0.0), axis=0), tl.sum(tl.where(inside, u2, 0.0), axis=0),
-        )  # fmt: skip
+        save_partials(partials_ptr, head, tl.program_id(0) // num_heads, num_partials, t0, u1, u2, rstd, inside)
 
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for tile in range(tiles):
@@ -375,13 +362,13 @@ def split_gradient(
         shifted = x - x0[None, :]
         if EXCLUDE:
             shifted = tl.where(valid, shifted, 0.0)
-        _, standard, z = standardise(shifted, mean, var, center)
+        z = standardise(shifted, mean, rstd, center)
         weights = finish_weights(density(z, nearest, domain, a), scale, valid, count, EXCLUDE)
         p = slice_gradient(
-            g_valid, x, shifted, x0, weights, domain, count, clamped, g0, h_mean, t_mean, CLAMP, PADDED, EXCLUDE
+            g_valid, x, shifted, x0, weights, domain, count, clamped, g0, q_mean, CLAMP, PADDED, EXCLUDE
         )
         dx = input_gradient(
-            g, p, weights, standard, z, rstd, t0, u1, u2, count, a, spread, valid, PADDED, EXCLUDE, RESIDUAL
+            g, p, weights, z, rstd, t0, u1, u2, count, a, center, spread, valid, PADDED, EXCLUDE, RESIDUAL
         )
         at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)

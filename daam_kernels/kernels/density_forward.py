@@ -16,11 +16,11 @@ from .density_math import (
     FAR,
     counted_values,
     density,
-    divide,
     find_valid,
     finish_weights,
     first_valid,
     head_span,
+    inverse_of,
     load_gaussians,
     load_statistics,
     merge_counts,
@@ -81,7 +81,8 @@ def forward_resident(
     if stats_ptr is not None:
         number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
         save_statistics(stats_ptr, x0, mean, var, number, num_slices, inside)
-    rstd, _, z = standardise(shifted, mean, var, center)
+    rstd = reciprocal_sqrt(var)
+    z = standardise(shifted, mean, rstd, center)
     nearest = nearest_distance(z, domain)
     weights = density(z, nearest, domain, a)
     scale, _ = normaliser(nearest, tl.sum(weights, axis=0), rstd, a, spread, level, CLAMP)
@@ -129,10 +130,10 @@ def split_statistics(
         domain = valid if EXCLUDE else within
         counted = counted_values(x - x0[None, :], x0, valid, PADDED, EXCLUDE)
         tile_count = tl.sum(domain.to(ACC), axis=0)
-        tile_mean = divide(tl.sum(tl.where(domain, counted, 0.0), axis=0), tl.maximum(tile_count, 1.0))
+        tile_mean = tl.sum(tl.where(domain, counted, 0.0), axis=0) * inverse_of(tl.maximum(tile_count, 1.0))
         deviation = tl.where(domain, counted - tile_mean[None, :], 0.0)
         delta = tile_mean - mean
-        share = divide(tile_count, tl.maximum(count + tile_count, 1.0))
+        share = tile_count * inverse_of(tl.maximum(count + tile_count, 1.0))
         mean += delta * share
         squares += tl.sum(deviation * deviation, axis=0) + delta * delta * count * share
         count += tile_count
@@ -163,12 +164,13 @@ def split_normaliser(
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
-    a, center, _, _ = product_quadratic(offset, width, real, EPS, ACC)
+    a, center, _spread, _level = product_quadratic(offset, width, real, EPS, ACC)
     slices = num_slices.to(tl.int64)
     x0, mean, var = merge_statistics(statistics_ptr, number, slices, num_chunks, inside, EPS, BLOCK_C)
     if tl.program_id(1) == 0:
         save_statistics(stats_ptr, x0, mean, var, number, slices, inside)
 
+    rstd = reciprocal_sqrt(var)
     nearest = tl.full([BLOCK_S], FAR, ACC)
     total = tl.zeros([BLOCK_S], ACC)
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
@@ -179,7 +181,7 @@ def split_normaliser(
         domain = within
         if EXCLUDE:
             domain = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
-        _, _, z = standardise(x - x0[None, :], mean, var, center)
+        z = standardise(x - x0[None, :], mean, rstd, center)
         before = nearest
         nearest = tl.minimum(before, nearest_distance(z, domain))
         total = total * rescale(before, nearest, a) + tl.sum(density(z, nearest, domain, a), axis=0)
@@ -216,7 +218,8 @@ def split_output(
     if EXCLUDE:
         count = merge_counts(statistics_ptr, number, slices, num_chunks, inside, BLOCK_C)
     nearest, total = merge_normaliser(partials_ptr, number, slices, num_chunks, inside, a, BLOCK_C)
-    scale, _ = normaliser(nearest, total, reciprocal_sqrt(var), a, spread, level, CLAMP)
+    rstd = reciprocal_sqrt(var)
+    scale, _ = normaliser(nearest, total, rstd, a, spread, level, CLAMP)
 
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for t in range(tiles):
@@ -227,7 +230,7 @@ def split_output(
         if PADDED:
             valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
         domain = valid if EXCLUDE else within
-        _, _, z = standardise(x - x0[None, :], mean, var, center)
+        z = standardise(x - x0[None, :], mean, rstd, center)
         weights = finish_weights(density(z, nearest, domain, a), scale, valid, count, EXCLUDE)
         at = tile_offsets(y_base, r, y_stride_r, COLUMNS, VEC)
         y = weighted_output(x, weights, valid, PADDED, RESIDUAL)

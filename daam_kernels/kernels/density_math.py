@@ -50,9 +50,10 @@ def head_span(head, num_heads, chunk, length, COLUMNS: tl.constexpr, VEC: tl.con
     """
     start = head.to(tl.int64) * chunk
     count = tl.where(head == num_heads - 1, length - start, chunk)
-    if COLUMNS:
-        return start, count
-    return start * VEC, count * VEC
+    if not COLUMNS:
+        start = start * VEC
+        count = count * VEC
+    return start, count
 
 
 @triton.jit
@@ -64,34 +65,31 @@ def slice_coordinates(block, outer, inner, COLUMNS: tl.constexpr, VEC: tl.conste
         blocks = tl.cdiv(width, BLOCK_S)
         o = (block // blocks).to(tl.int64)
         i = (block % blocks).to(tl.int64) * BLOCK_S + lane
-        return o, i, (i < width) & (o < outer)
-    s = block.to(tl.int64) * BLOCK_S + lane
-    o = s // inner
-    return o, s % inner, o < outer
+        inside = (i < width) & (o < outer)
+    else:
+        s = block.to(tl.int64) * BLOCK_S + lane
+        o = s // inner
+        i = s % inner
+        inside = o < outer
+    return o, i, inside
 
 
 @triton.jit
 def slice_number(o, i, head, num_heads, inner, COLUMNS: tl.constexpr, VEC: tl.constexpr):
     """Where numbers per slice are stored: slices counted through outer, heads and inner."""
-    if COLUMNS:
-        return (o * num_heads + head) * (inner * VEC) + i
-    return (o * num_heads + head) * inner + i
+    return (o * num_heads + head) * inner * (VEC if COLUMNS else 1) + i
 
 
 @triton.jit
 def slice_offsets(o, i, start, stride_o, stride_r, stride_i, COLUMNS: tl.constexpr, VEC: tl.constexpr):
     """Offsets, in elements, of the first row of each slice."""
-    if COLUMNS:
-        return o * stride_o * VEC + start * stride_r * VEC + i * stride_i
-    return o * stride_o * VEC + start * stride_r + i * stride_i * VEC
+    return o * stride_o * VEC + start * stride_r * (VEC if COLUMNS else 1) + i * stride_i * (1 if COLUMNS else VEC)
 
 
 @triton.jit
 def tile_offsets(base, r, stride_r, COLUMNS: tl.constexpr, VEC: tl.constexpr):
     """Offsets, in elements, of rows r of the slices that start at base."""
-    if COLUMNS:
-        return r.to(tl.int64)[:, None] * stride_r * VEC + base[None, :]
-    return r.to(tl.int64)[:, None] * stride_r + base[None, :]
+    return r.to(tl.int64)[:, None] * stride_r * (VEC if COLUMNS else 1) + base[None, :]
 
 
 @triton.jit
@@ -117,19 +115,25 @@ def first_valid(ptr, base, valid, r, stride_r, BLOCK_R: tl.constexpr, COLUMNS: t
 
 
 @triton.jit
-def divide(a, b):
-    """a / b, rounded correctly: the plain division of float32 is off by two units, which z^2 would multiply."""
-    if a.dtype == tl.float32:
-        return tl.div_rn(a, b)
-    return a / b
+def inverse_of(count):
+    """1 / count, rounded correctly: the mean takes over its error, and z^2 multiplies the mean's."""
+    if count.dtype == tl.float32:
+        inverse = tl.div_rn(tl.full(count.shape, 1.0, tl.float32), count)
+    else:
+        inverse = 1.0 / count
+    return inverse
 
 
 @triton.jit
 def reciprocal_sqrt(v):
-    """1 / sqrt(v) to the last digit."""
+    """1 / sqrt(v), to a unit in the last place: the fast instruction and a Newton step, which has no slow path."""
     if v.dtype == tl.float32:
-        return tl.div_rn(tl.full(v.shape, 1.0, tl.float32), tl.sqrt_rn(v))
-    return 1.0 / tl.sqrt(v)
+        v = tl.minimum(v, FAR)
+        root = tl.rsqrt(v)
+        root = root * (1.5 - (0.5 * v * root) * root)
+    else:
+        root = 1.0 / tl.sqrt(v)
+    return root
 
 
 @triton.jit
@@ -137,33 +141,33 @@ def tile_statistics(shifted, x0, valid, domain, n, EPS: tl.constexpr, PADDED: tl
     """(elements counted, mean - x0, variance + eps) of slices that the tile holds whole."""
     counted = counted_values(shifted, x0, valid, PADDED, EXCLUDE)
     count = count_elements(domain, x0, n, EXCLUDE)
-    mean = divide(tl.sum(tl.where(domain, counted, 0.0), axis=0), tl.maximum(count, 2.0))
+    members = tl.maximum(count, 2.0)
+    mean = tl.sum(tl.where(domain, counted, 0.0), axis=0) * inverse_of(members)
     deviation = tl.where(domain, counted - mean[None, :], 0.0)
-    return count, mean, divide(tl.sum(deviation * deviation, axis=0), tl.maximum(count, 2.0) - 1.0) + EPS
+    return count, mean, tl.sum(deviation * deviation, axis=0) / (members - 1.0) + EPS
 
 
 @triton.jit
 def counted_values(shifted, x0, valid, PADDED: tl.constexpr, EXCLUDE: tl.constexpr):
     """What the statistics see, from x0: padding as zeros, unless it is excluded."""
     if PADDED and not EXCLUDE:
-        return tl.where(valid, shifted, -x0[None, :])
+        shifted = tl.where(valid, shifted, -x0[None, :])
     return shifted
 
 
 @triton.jit
 def count_elements(domain, x0, n, EXCLUDE: tl.constexpr):
     """Elements that the statistics count, per slice, in x0's type."""
+    count = tl.zeros_like(x0) + n
     if EXCLUDE:
-        return tl.sum(domain.to(x0.dtype), axis=0)
-    return tl.zeros_like(x0) + n
+        count = tl.sum(domain.to(x0.dtype), axis=0)
+    return count
 
 
 @triton.jit
-def standardise(shifted, mean, var, center):
-    """(1 / sqrt(var), (x - mean) / sqrt(var), the same from the quadratic's centre); mean and shifted are from x0."""
-    rstd = reciprocal_sqrt(var)
-    standard = (shifted - mean[None, :]) * rstd[None, :]
-    return rstd, standard, standard - (center * rstd)[None, :]
+def standardise(shifted, mean, rstd, center):
+    """z = (x - mean - center) / sqrt(var); mean and shifted are from x0."""
+    return (shifted - mean[None, :]) * rstd[None, :] - (center * rstd)[None, :]
 
 
 @triton.jit
@@ -181,11 +185,13 @@ def density(z, nearest, domain, a):
 @triton.jit
 def normaliser(nearest, total, rstd, a, spread, level, CLAMP: tl.constexpr):
     """(what a density is multiplied with to become a weight, whether the sum of the slice is below eps)."""
+    scale = 1.0 / total
+    clamped = total < 0.0
     if CLAMP:
         log_peak = -(nearest * (a * (0.5 * LOG2_E)) + spread * rstd * rstd + level)
         clamped = log_peak + tl.log2(total) < 0.0
-        return tl.where(clamped, tl.exp2(log_peak), 1.0 / total), clamped
-    return 1.0 / total, total < 0.0
+        scale = tl.where(clamped, tl.exp2(log_peak), scale)
+    return scale, clamped
 
 
 @triton.jit
@@ -267,9 +273,9 @@ def merge_statistics(partials_ptr, number, num_slices, num_chunks, inside, EPS: 
     x0 = pick_first(x0s, present, BLOCK_C)
     members = tl.maximum(tl.sum(counts, axis=0), 2.0)
     offsets = tl.where(present, (x0s - x0[None, :]) + means, 0.0)
-    mean = divide(tl.sum(counts * offsets, axis=0), members)
+    mean = tl.sum(counts * offsets, axis=0) * inverse_of(members)
     deviation = offsets - mean[None, :]
-    return x0, mean, divide(tl.sum(squares + counts * deviation * deviation, axis=0), members - 1.0) + EPS
+    return x0, mean, tl.sum(squares + counts * deviation * deviation, axis=0) / (members - 1.0) + EPS
 
 
 @triton.jit

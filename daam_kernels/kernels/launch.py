@@ -12,17 +12,18 @@ from functools import lru_cache
 from math import gcd, prod
 from typing import Any
 
-# Elements of x that a block of 32 warps holds in registers beside what is computed from them, by bytes of arithmetic.
-_FORWARD_TILE = {4: 16384, 8: 4096}
-_BACKWARD_TILE = {4: 8192, 8: 2048}
-_SPLIT_TILE = {4: 4096, 8: 1024}
-_USUAL_TILE = 4096
-_THREAD_ELEMENTS = 16
-_WIDE_ROW, _NARROW_ROW = 256, 128  # bytes of neighbouring slices that one warp should read, at best and at least
+# Elements of x in a tile, by direction and by whether slices are columns: what the warps hold in registers beside
+# everything computed from them. A thread also holds some twenty numbers for each slice it has a part of, and in
+# columns it has a part of as many slices as it loads elements at once.
+_TILES = {"forward": {False: 16384, True: 8192}, "backward": {False: 8192, True: 4096}}
+_WARPS = {False: 16, True: 8}
+_SPLIT_TILE, _SPLIT_WARPS = 2048, 8
+_USUAL_TILE = 2048
+_THREAD_ELEMENTS = 8
+_WIDE_ROW, _NARROW_ROW = 256, 64  # bytes of neighbouring slices in a row of a tile, at best and at least
 _PROGRAMS = 528  # four for each of an H200's 132 processors
-_MERGED = 4096  # partial results that a program merges at once
-_MAX_PARTIALS = 4096  # parameter-gradient partials per head
-_REDUCTION = 1024  # of which that many are added at a time
+_MERGED = 2048  # partial results that a program merges at once
+_REDUCTION = 4096  # partial sums of the parameter gradients that are added at a time
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,6 @@ def density_launch(
     """
     tile = density_tile(view, num_heads, itemsize, backward)
     chunk, vec = view.length // num_heads, tile.vec
-    blocks = tile.num_blocks if tile.num_chunks else -(-tile.num_blocks // tile.tiles)
     values = {
         "outer": view.outer,
         "chunk": chunk if tile.columns else chunk // vec,
@@ -119,7 +119,7 @@ def density_launch(
         "num_gaussians": num_gaussians,
         "num_slices": view.outer * num_heads * view.inner,
         "num_chunks": tile.num_chunks,
-        "num_partials": blocks,
+        "num_partials": tile.num_blocks,
         "tiles": tile.tiles,
         "COLUMNS": tile.columns,
         "VEC": vec,
@@ -127,14 +127,14 @@ def density_launch(
         "BLOCK_S": tile.block_s,
         "BLOCK_K": _power_of_two(num_gaussians),
         "BLOCK_C": _power_of_two(tile.num_chunks or 1),
-        "BLOCK_P": _REDUCTION,
+        "BLOCK_P": min(_REDUCTION, _power_of_two(tile.num_blocks)),
         **flags,
     }
     for name, (o, r, i) in zip(names, view.strides):
         scaled = (o // vec, r // vec, i) if tile.columns else (o // vec, r, i // vec)
         values.update(zip((f"{name}_stride_o", f"{name}_stride_r", f"{name}_stride_i"), scaled))
     values.update(zip(("mask_stride_o", "mask_stride_r", "mask_stride_i"), mask_strides))
-    return Launch(tile, blocks * num_heads, values["num_slices"], values)
+    return Launch(tile, tile.num_blocks * num_heads, values["num_slices"], values)
 
 
 def _merge(shape: tuple[int, ...], strides: tuple[int, ...], dims: list[int]) -> int | None:
@@ -149,39 +149,37 @@ def density_tile(view: SliceView, num_heads: int, itemsize: int, backward: bool)
     """The tile of one direction."""
     chunk = view.length // num_heads
     longest = view.length - (num_heads - 1) * chunk
-    arithmetic = max(itemsize, 4)
-    resident = (_BACKWARD_TILE if backward else _FORWARD_TILE)[arithmetic]
-
     unit_r = all(s[1] == 1 for s in view.strides)
     unit_i = view.inner > 1 and all(s[2] == 1 for s in view.strides)
     columns = unit_i and not unit_r and (view.inner >= 32 or longest * view.inner >= 1024)
     vec = _vector(view, chunk, columns, unit_r, itemsize)
     slices = view.inner if columns else view.outer * view.inner
 
-    block_r = _power_of_two(longest)
-    narrowest = min(_power_of_two(slices), _NARROW_ROW // itemsize) if columns else 1
-    split = block_r * narrowest > resident
+    direction, scale = "backward" if backward else "forward", max(itemsize, 4) // 4
+    largest, most_warps = _TILES[direction][columns] // scale**2, _WARPS[columns]
+    block_r, available = _power_of_two(longest), _power_of_two(slices)
+    narrow, wide = (min(available, max(1, bytes // itemsize)) for bytes in (_NARROW_ROW, _WIDE_ROW))
+    split = block_r * (narrow if columns else 1) > largest
     if split:
-        budget = _SPLIT_TILE[arithmetic]
-        block_s = narrowest
-        block_r = budget // block_s
+        block_s, most_warps = (wide if columns else 1), _SPLIT_WARPS
+        merged = _MERGED // scale**2
+        while block_s > narrow and view.outer * -(-slices // block_s) * num_heads * (merged // block_s) < _PROGRAMS:
+            block_s //= 2
+        block_r = max(1, _SPLIT_TILE // scale**2 // block_s)
+    elif columns:
+        block_s = max(narrow, min(wide, largest // block_r))
+        block_s = max(block_s, min(available, _USUAL_TILE // scale // block_r))
     else:
-        budget = min(resident, max(_USUAL_TILE, block_r * (_WIDE_ROW // itemsize))) if columns else _USUAL_TILE
-        block_s = min(_power_of_two(slices), max(1, budget // block_r))
-        if columns:
-            block_s = max(narrowest, min(block_s, 1024 // itemsize))
-    num_warps = min(32, max(1, block_r * block_s // (32 * _THREAD_ELEMENTS)))
+        block_s = min(available, max(1, _USUAL_TILE // scale // block_r))
+    num_warps = min(most_warps, max(1, block_r * block_s * scale // (32 * _THREAD_ELEMENTS)))
 
     num_blocks = view.outer * -(-view.inner // block_s) if columns else -(-slices // block_s)
+    num_chunks, tiles = 0, 1
     if split:
         row_tiles = -(-longest // block_r)
-        most = min(row_tiles, max(1, _MERGED // block_s))
-        num_chunks = min(most, -(-_PROGRAMS // (num_blocks * num_heads)))
-        tiles = -(-row_tiles // num_chunks)
+        most = min(row_tiles, merged // block_s)
+        tiles = -(-row_tiles // min(most, -(-_PROGRAMS // (num_blocks * num_heads))))
         num_chunks = -(-row_tiles // tiles)
-    else:
-        num_chunks = 0
-        tiles = -(-num_blocks // _MAX_PARTIALS) if backward else 1
     return Tile(columns, block_r, block_s, vec, num_warps, num_blocks, tiles, num_chunks)
 
 

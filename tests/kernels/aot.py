@@ -1,0 +1,165 @@
+"""Every kernel, compiled ahead of time for GPUs that are not here: ``python tests/kernels/aot.py``.
+
+The host functions run on CPU tensors through Triton's own JIT (specialisation, options, grid, machine code); only the
+launch itself is replaced by a recording. Runs in a process of its own, because Triton's interpreter cannot be on.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import itertools
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from dataclasses import dataclass, field
+
+import torch
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of forward and backward. ``vectors``: every access of x, y and dx should be 16 bytes wide."""
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int
+    heads: int
+    vectors: bool = True
+    gaussians: int = 4
+    options: dict = field(default_factory=dict)
+    mask: bool = False
+    weights: bool = False
+
+
+CASES = (
+    Case("rows", (64, 2048), 1, 8),
+    Case("rows_1000", (64, 4000), 1, 4, gaussians=5),
+    Case("rows_odd", (64, 333), 1, 3, vectors=False),
+    Case("rows_16k", (4, 16384), 1, 1),
+    Case("columns", (4, 2048, 512), 1, 8, gaussians=64),
+    Case("columns_short", (8, 24, 1024), 1, 8, weights=True),
+    Case("columns_odd", (8, 41, 333), 1, 4, vectors=False),
+    Case("padded", (16, 2048), 1, 8, options={"padding_value": 0.0}),
+    Case("masked", (4, 512, 512), 1, 4, mask=True, options={"padding_stats": "exclude"}, vectors=False),
+    Case("softmax_residual", (16, 2048), 1, 2, options={"normalize": "softmax", "residual": True}),
+    Case("split_rows", (1, 1 << 20), 1, 1, weights=True),
+    Case("split_columns", (2, 16384, 64), 1, 1),
+    Case("split_thin", (4, 65536, 8), 1, 1),
+    Case("split_masked", (1, 1 << 18), 1, 2, mask=True, options={"padding_stats": "exclude", "padding_value": 1.0}, vectors=False),
+)
+
+
+class RecordingDriver:
+    """Compiles for a target through the real JIT path, launches nothing, records every launch."""
+
+    def __init__(self, target):
+        from triton.backends.compiler import GPUTarget
+
+        self.target, self.launches = GPUTarget(*target), []
+        self.utils = types.SimpleNamespace(
+            load_binary=lambda *a: (1, 1, 0, 0, 1024),
+            unload_module=lambda m: None,
+            get_device_properties=lambda d: dict(max_shared_mem=232448, multiprocessor_count=132),
+        )
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def set_current_device(self, device):
+        pass
+
+    def launcher_cls(self, src, metadata):
+        def launch(gx, gy, gz, stream, function, packed, launch_metadata, enter, leave, *args):
+            self.launches.append(types.SimpleNamespace(name=metadata.name, grid=(gx, gy, gz), src=src))
+
+        return launch
+
+    def __enter__(self):
+        from triton.runtime.driver import driver
+
+        self._previous = driver._active
+        driver.set_active(self)
+        return self
+
+    def __exit__(self, *exc):
+        from triton.runtime.driver import driver
+
+        driver._active = self._previous
+
+
+def compile_case(case: Case, dtype: str, target: str) -> list[dict]:
+    """Statistics of every kernel that a forward and backward pass of the case launches on the target."""
+    from triton.runtime.jit import JITFunction
+
+    from daam_kernels import options
+    from daam_kernels.kernels import density_backward, density_forward
+
+    jitted = [f for m in (density_forward, density_backward) for f in vars(m).values() if isinstance(f, JITFunction)]
+    for function in jitted:
+        function.device_caches.clear()
+    x = torch.empty(case.shape, dtype=DTYPES[dtype])
+    parameters = torch.ones(case.heads, case.gaussians), torch.ones(case.heads, case.gaussians)
+    mask = torch.ones(case.shape, dtype=torch.bool) if case.mask else None
+    defaults = dict(padding_value=None, padding_stats="zero", normalize="clamp", eps=1e-8, residual=False)
+    chosen = options.DensityOptions(case.axis, **{**defaults, **case.options})
+    chunk = case.shape[case.axis] // case.heads
+    stats = None
+    if chunk >= 64:
+        arithmetic = torch.float64 if dtype == "fp64" else torch.float32
+        stats = torch.empty((3, x.numel() // case.shape[case.axis] * case.heads), dtype=arithmetic)
+    with RecordingDriver(TARGETS[target]) as driver:
+        weights = torch.empty_like(x) if case.weights else None
+        density_forward.density_forward(x, *parameters, mask, chosen, torch.empty_like(x), weights, stats)
+        density_backward.density_backward(torch.empty_like(x), x, *parameters, mask, stats, chosen)
+    compiled = {}
+    for function in jitted:
+        for cache in function.device_caches.values():
+            for kernel in cache[0].values():
+                compiled[kernel.metadata.name] = kernel
+    order = [launch.name for launch in driver.launches]
+    return [dict(name=name, **statistics(compiled[name], target)) for name in order]
+
+
+def statistics(kernel, target: str) -> dict:
+    """Registers, spills and widest accesses, read from the machine code."""
+    if target.startswith("gfx"):
+        code = kernel.asm["amdgcn"]
+        return dict(
+            registers=int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1]),
+            spills=int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1]),
+            wide_loads=len(re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", code)),
+            wide_stores=len(re.findall(r"(?:global|buffer)_store_(?:dwordx4|b128)", code)),
+        )
+    usage, code = _disassemble(kernel, "cuobjdump", "--dump-resource-usage"), _disassemble(kernel, "nvdisasm", "-c")
+    return dict(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.[.\w]*128", code)),
+        wide_stores=len(re.findall(r"\bSTG\.[.\w]*128", code)),
+    )
+
+
+def _disassemble(kernel, tool: str, *arguments: str) -> str:
+    import triton
+
+    binaries = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        return subprocess.run([binaries / tool, *arguments, path], capture_output=True, text=True, check=True).stdout
