@@ -1,0 +1,35 @@
+"""``python -m benchmarks FAMILY``: finds the family and runs it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .kernels import cli as kernels
+from .quickstart import cli as quickstart
+
+_FAMILIES = {"kernels": kernels, "quickstart": quickstart}
+_EXTRAS = {"tqdm", "matplotlib", "gaussian_adaptive_attention"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one family; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of daam_kernels.")
+    families = parser.add_subparsers(dest="family", required=True)
+    for name, family in _FAMILIES.items():
+        summary = family.__doc__.split(": ", 1)[1].splitlines()[0]
+        family.add_arguments(families.add_parser(name, help=summary, description=summary))
+    options = parser.parse_args(arguments)
+    try:
+        return _FAMILIES[options.family].run(options)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        extra = "quickstart" if options.family == "quickstart" else "benchmarks"
+        install = f'pip install -c constraints.txt ".[{extra}]"'
+        print(f"{error.name} is not installed; in the repository root: {install}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

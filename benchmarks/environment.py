@@ -1,0 +1,91 @@
+"""Where and with what a benchmark ran: what must stand beside every number."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import daam_kernels
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def describe(device: torch.device) -> dict[str, str | int | float | None]:
+    """Device, driver, versions, commit and date; None where a thing does not exist here."""
+    on_gpu = device.type == "cuda"
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "driver": _driver() if on_gpu else None,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "daam_kernels": daam_kernels.__version__,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "upstream": _version("gaussian-adaptive-attention"),
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+    }
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name; ends the program with a message where this machine or this torch has none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no GPU here")
+    return torch.device(name)
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that a new tensor could take, or None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+def _commit() -> str | None:
+    commit = _output("git", "-C", str(_REPOSITORY), "rev-parse", "--short=12", "HEAD")
+    changes = _output("git", "-C", str(_REPOSITORY), "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}-dirty" if commit and changes else commit
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """The first line that the command prints, or None where it prints nothing, fails or does not exist."""
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0].strip() if lines else None

@@ -1,0 +1,80 @@
+"""Correctness before speed: every result against the reference in float64 on the same rounded input."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+from daam_kernels import reference
+
+from .contenders import BOTH, Differentiable, parameter_gradients
+from .shapes import Case
+
+_PART = 1 << 22  # elements in float64 at a time: whole shapes would need 15 times their size
+_VANISHED = 1e-30  # a true gradient below this is only asked to be finite
+
+
+class Truth(NamedTuple):
+    """y, dx and the gradients of the parameters, in float64."""
+
+    y: Tensor
+    dx: Tensor
+    parameters: tuple[Tensor, Tensor]
+
+
+class Errors(NamedTuple):
+    """Relative errors in the 2-norm; None where the direction does not compute it."""
+
+    y: float
+    dx: float | None = None
+    parameters: float | None = None
+
+
+@torch.no_grad()
+def truth(case: Case) -> Truth:
+    """The reference in float64, part by part along the batch axis; the parameters' gradients are sums over parts."""
+    x, axis = case.x.detach(), case.shape.norm_axis
+    parameters = case.mean_offsets.double(), case.c.double()
+    rows = max(1, _PART * x.shape[0] // x.numel()) if axis % x.dim() else x.shape[0]
+    y, dx = (torch.empty_like(x, dtype=torch.float64) for _ in range(2))
+    sums = [torch.zeros_like(p) for p in parameters]
+    for part_x, part_grad, part_y, part_dx in zip(*(t.split(rows) for t in (x, case.grad, y, dx))):
+        part_x, part_grad = part_x.double(), part_grad.double()
+        part_y.copy_(reference.density_attention(part_x, *parameters, norm_axis=axis))
+        gradients = reference.density_attention_backward(part_grad, part_x, *parameters, norm_axis=axis)
+        part_dx.copy_(gradients[0])
+        for total, gradient in zip(sums, gradients[1:]):
+            total += gradient
+    return Truth(y, dx, tuple(sums))
+
+
+def errors(contender: Differentiable, direction: str, results: Sequence[Tensor], true: Truth) -> Errors:
+    """How far what ``contender`` returned for ``direction`` is from the truth."""
+    if direction != BOTH:
+        return Errors(relative_error(results[0], true.y))
+    y, dx, *gradients = results
+    of_parameters = parameter_gradients(contender, gradients)
+    worst = max(relative_error(g, t) for g, t in zip(of_parameters, true.parameters))
+    return Errors(relative_error(y, true.y), relative_error(dx, true.dx), worst)
+
+
+def relative_error(result: Tensor, true: Tensor) -> float:
+    """|result - true| / |true| in the 2-norm; infinite where the result is not finite or not of the right shape."""
+    if result.shape != true.shape:
+        return math.inf
+    result = result.detach().double()
+    distance, size = (result - true).norm().item(), true.norm().item()
+    if not math.isfinite(distance):
+        return math.inf
+    return distance / size if size > _VANISHED else 0.0
+
+
+def complaint(contender: Differentiable, found: Errors) -> str | None:
+    """What is wrong with the result, or None where it is within the contender's tolerance."""
+    for name, error, allowed in zip(Errors._fields, found, contender.tolerance):
+        if error is not None and allowed is not None and not error <= allowed:
+            return f"error of {name} is {error:.1e}, allowed {allowed:.1e}"
+    return None

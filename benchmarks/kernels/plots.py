@@ -1,0 +1,105 @@
+"""Pictures of a sweep, made from its CSV: for every shape, how many plain copies each contender costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
+from matplotlib.patches import Patch  # noqa: E402
+
+from ..report import read_csv  # noqa: E402
+from .contenders import COMPILED, COPY, DIRECTIONS, FUSED, REFERENCE, UPSTREAM  # noqa: E402
+
+_COLORS = {UPSTREAM: "#b8b8b8", REFERENCE: "#7f8fa6", COMPILED: "#e1a33b", FUSED: "#c0392b"}
+
+
+def plot(csv_path: Path, out: Path) -> list[Path]:
+    """One PNG per type of data in the CSV, ``out / (the CSV's stem)-(type).png``; returns their paths."""
+    rows = read_csv(csv_path)
+    paths = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        path = out / f"{csv_path.stem}-{dtype}.png"
+        _figure([row for row in rows if row["dtype"] == dtype], dtype, path)
+        paths.append(path)
+    return paths
+
+
+def _figure(rows: list[dict[str, str]], dtype: str, path: Path) -> None:
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    width = max(7.0, 2.2 + 1.45 * len(shapes))
+    figure, panels = plt.subplots(len(DIRECTIONS), 1, figsize=(width, 8), sharex=True, layout="constrained")
+    for panel, direction in zip(panels, DIRECTIONS):
+        _panel(panel, [row for row in rows if row["direction"] == direction], shapes)
+        panel.set_ylabel(f"{direction}\ntime / time of a copy")
+    dims = {row["shape"]: row["dims"].replace("x", "×") for row in rows}
+    axes = {row["shape"]: f"axis {row['norm_axis']}, H = {row['num_heads']}" for row in rows}
+    panels[-1].set_xticks(
+        range(len(shapes)), [f"{s.replace('_', ' ')}\n{dims[s]}\n{axes[s]}" for s in shapes], fontsize=8
+    )
+    names = [name for name in dict.fromkeys(row["contender"] for row in rows) if _color(name)]
+    handles = [Patch(color=_color(name), label=name) for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    first = rows[0]
+    figure.suptitle(
+        f"Density attention, {dtype}, K = {first['num_gaussians']}, on {first['device']}"
+        + (f", {first['threads']} threads" if not first["driver"] else "")
+        + f"\ntorch {first['torch']}, triton {first['triton'] or 'none'}, "
+        + f"commit {first['commit']}, {first['date'][:10]}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _panel(panel, rows: list[dict[str, str]], shapes: list[str]) -> None:
+    """Bars grouped by shape, in copies of the same bytes, with the time itself written on each."""
+    names = [n for n in dict.fromkeys(row["contender"] for row in rows) if _color(n)]
+    times = {(row["shape"], row["contender"]): _time(row) for row in rows}
+    status = {(row["shape"], row["contender"]): row["status"] for row in rows}
+    bar = 0.84 / len(names)
+    panel.set_yscale("log")
+    for i, name in enumerate(names):
+        where, heights = [], []
+        for position, shape in enumerate(shapes):
+            at = position + (i - (len(names) - 1) / 2) * bar
+            time, copy = times.get((shape, name)), times.get((shape, COPY))
+            if time and copy:
+                where.append(at)
+                heights.append(time / copy)
+                panel.annotate(
+                    _readable(time), (at, time / copy), (0, 2), textcoords="offset points",
+                    ha="center", va="bottom", rotation=90, fontsize=6.5,
+                )  # fmt: skip
+            elif (shape, name) in status:
+                panel.annotate(
+                    status[shape, name], (at, 1), (0, 2), textcoords="offset points",
+                    ha="center", va="bottom", rotation=90, fontsize=6.5, color="#888888",
+                )  # fmt: skip
+        panel.bar(where, [h - 1 for h in heights], bar * 0.94, bottom=1, color=_color(name))
+    panel.axhline(1, color="black", linewidth=1)
+    panel.text(1.004, 1, "copy", transform=panel.get_yaxis_transform(), va="center", fontsize=8)
+    low, high = panel.get_ylim()
+    panel.set_ylim(min(low, 0.8), high * 3)  # room for the times on the bars
+    panel.margins(x=0.02)
+    panel.grid(axis="y", which="major", linewidth=0.4, color="#dddddd")
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _time(row: dict[str, str]) -> float | None:
+    text = row["kernel_us"] or row["wall_us"]
+    return float(text) if text and row["status"] == "ok" else None
+
+
+def _color(contender: str) -> str | None:
+    return next((color for name, color in _COLORS.items() if contender.startswith(name)), None)
+
+
+def _readable(microseconds: float) -> str:
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if microseconds >= size:
+            return f"{microseconds / size:.3g} {unit}"
+    return f"{microseconds:.3g} µs"

@@ -1,0 +1,44 @@
+"""Results on paper: fixed-width tables, CSV and JSON. One row is a dictionary, None where there is no value."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Mapping, Sequence
+
+Row = Mapping[str, object]
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell: the first and the last on the left, the others on the right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    last = len(header) - 1
+
+    def aligned(line: list[str]) -> str:
+        cells = (c.ljust(w) if i in (0, last) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths)))
+        return "  ".join(cells).rstrip()
+
+    rule = "  ".join("-" * width for width in widths).rstrip()
+    return "\n".join([aligned(lines[0]), rule, *map(aligned, lines[1:])])
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """One line per row, the columns in the order in which the rows first name them; None becomes an empty cell."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """What :func:`write_csv` wrote, every value as text."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_json(path: Path, content: object) -> None:
+    """``content`` as indented JSON."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,146 @@
+"""The kernel benchmark judges before it times, and goes on where a contender is wrong, missing or failing."""
+
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from benchmarks.environment import describe
+from benchmarks.kernels import cli, sweep
+from benchmarks.kernels.check import complaint, errors, relative_error, truth
+from benchmarks.kernels.contenders import BOTH, COPY, DIRECTIONS, FORWARD, FUSED, REFERENCE, UPSTREAM, contenders
+from benchmarks.kernels.shapes import SHAPES, Shape, make_case
+from benchmarks.report import write_csv
+from daam_kernels import reference
+
+LIMITS = sweep.Limits(budget=0.0, call=60.0)
+
+
+def small_case(dtype=torch.float32, dims=(4, 12, 6), axis=1):
+    return make_case(Shape("small", dims, axis, 2), dtype, torch.device("cpu"), 3)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_truth_is_the_float64_reference_however_it_is_cut(monkeypatch, axis):
+    monkeypatch.setattr("benchmarks.kernels.check._PART", 60)
+    case = small_case(dims=(5, 12, 6), axis=axis)
+    x, *parameters = (t.detach().double().requires_grad_() for t in (case.x, case.mean_offsets, case.c))
+    y = reference.density_attention(x, *parameters, norm_axis=axis)
+    gradients = torch.autograd.grad(y, (x, *parameters), case.grad.double())
+    true = truth(case)
+    for result, expected in zip((true.y, true.dx, *true.parameters), (y, *gradients)):
+        torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", [UPSTREAM, REFERENCE, FUSED])
+def test_contenders_are_right(name, dtype):
+    if name == UPSTREAM:
+        pytest.importorskip("gaussian_adaptive_attention")
+    case = small_case(dtype)
+    contender, true = contenders(case)[name](), truth(case)
+    for direction in DIRECTIONS:
+        found = errors(contender, direction, contender(direction, case.x, case.grad), true)
+        assert complaint(contender, found) is None
+        assert (found.dx is None) == (direction == FORWARD)
+
+
+@pytest.mark.parametrize("result, error", [([3.0, 4.0], 0.0), ([3.0, 4.5], 0.1), ([3.0, math.nan], math.inf)])
+def test_relative_error(result, error):
+    assert relative_error(torch.tensor(result), torch.tensor([3.0, 4.0], dtype=torch.float64)) == pytest.approx(error)
+
+
+def test_relative_error_of_another_shape_or_a_vanished_truth():
+    assert relative_error(torch.zeros(2, 1), torch.zeros(2)) == math.inf
+    assert relative_error(torch.full((2,), 1e-3), torch.zeros(2)) == 0.0
+
+
+def test_a_wrong_a_failing_and_a_missing_contender_get_no_number(monkeypatch):
+    def with_faults(case):
+        makers = contenders(case)
+        right = makers[REFERENCE]()
+
+        def wrong():
+            contender = contenders(case)[REFERENCE]()
+            contender.function = lambda x, function=contender.function: function(x) * 1.01
+            return contender
+
+        def failing():
+            contender = contenders(case)[REFERENCE]()
+            contender.function = lambda x: x.view(-1, 7)
+            return contender
+
+        def missing():
+            raise ModuleNotFoundError("No module named 'nowhere'", name="nowhere")
+
+        return {"right": lambda: right, "wrong": wrong, "failing": failing, UPSTREAM: missing, COPY: makers[COPY]}
+
+    monkeypatch.setattr(sweep, "contenders", with_faults)
+    case, heard = small_case(), []
+    groups = list(sweep.measure(case, LIMITS, heard.append))
+    assert [group[0].direction for group in groups] == list(DIRECTIONS)
+    assert len(heard) == sweep.steps(case)
+    for group in groups:
+        right, wrong, failing, missing, copy = group
+        assert (right.status, copy.status, copy.of_copy) == ("ok", "ok", 1.0)
+        assert right.wall_us > 0 and right.of_copy > 0 and right.over_upstream is None
+        assert (wrong.status, wrong.wall_us) == ("wrong", None) and wrong.note.startswith("error of y is 1.0e-02")
+        assert (failing.status, failing.wall_us) == ("failed", None) and failing.note.startswith("RuntimeError")
+        assert (missing.status, missing.note) == ("skipped", "nowhere is not installed")
+        assert cli._section(group).count("\n") == 3 + len(group)
+
+
+@pytest.mark.parametrize(
+    "limits, memory, note",
+    [(sweep.Limits(0.0, 0.0), None, "limit 0 s"), (LIMITS, 1, "GB of memory")],
+    ids=["too slow", "too large"],
+)
+def test_what_would_not_end_or_fit_is_skipped_with_the_reason(monkeypatch, limits, memory, note):
+    monkeypatch.setattr(sweep, "_PROBE", 100)
+    monkeypatch.setattr(sweep, "available_memory", lambda: memory)
+    case = small_case()
+    cell = sweep._cell(case, BOTH, REFERENCE)
+    assert not sweep._admit(case, BOTH, contenders(case)[REFERENCE](), limits, cell, truth(case))
+    assert cell.status == "skipped" and note in cell.note and cell.error_y is None
+
+
+def test_saved_memory_counts_what_the_backward_holds_beside_the_inputs():
+    x, grad = torch.randn(100, requires_grad=True), torch.randn(100)
+    with sweep._count_saved(x, grad) as saved:
+        y = (x * 2).exp()  # saves its own result
+        z = y * x  # saves y, which is there already, and x, which does not count
+    assert sum(saved.values()) == 400
+    torch.testing.assert_close(torch.autograd.grad(z, x, grad)[0], grad * (2 * x * y + y))
+
+
+def test_pictures_are_made_from_the_csv_one_per_type(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.kernels.plots import plot
+
+    rows = []
+    for dtype, time in (("float32", 20.0), ("bfloat16", None)):
+        case = small_case(getattr(torch, dtype))
+        for name, wall_us in ((UPSTREAM, time), (f"{FUSED} (triton)", 5.0), (COPY, 2.0)):
+            for direction in DIRECTIONS:
+                cell = sweep._cell(case, direction, name)
+                cell.wall_us, cell.status = wall_us, "ok" if wall_us else "skipped"
+                rows.append({**asdict(cell), **describe(torch.device("cpu"))})
+    write_csv(tmp_path / "kernels-cpu.csv", rows)
+    paths = plot(tmp_path / "kernels-cpu.csv", tmp_path)
+    assert [path.name for path in paths] == ["kernels-cpu-float32.png", "kernels-cpu-bfloat16.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_layout_of_the_channels_last_case():
+    x = make_case(Shape("i", (2, 8, 3, 3), 1, 2, channels_last=True), torch.float32, torch.device("cpu"), 2).x
+    assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def test_shapes_have_heads_of_two_elements_or_more():
+    assert all(shape.dims[shape.norm_axis] >= 2 * shape.num_heads for shape in SHAPES.values())
+
+
+def test_an_unknown_shape_is_named():
+    with pytest.raises(SystemExit, match="unknown shape 'wavelm', known are wavlm"):
+        cli._chosen("tiny,wavelm", SHAPES, "shape")

@@ -1,0 +1,29 @@
+"""Tables, CSV and JSON of the benchmarks."""
+
+import json
+
+from benchmarks.report import format_table, read_csv, write_csv, write_json
+
+
+def test_csv_keeps_every_column_and_writes_none_as_empty(tmp_path):
+    write_csv(tmp_path / "a.csv", [{"shape": "a, b", "time": 1.5, "note": None}, {"shape": "c", "commit": "12"}])
+    assert read_csv(tmp_path / "a.csv") == [
+        {"shape": "a, b", "time": "1.5", "note": "", "commit": ""},
+        {"shape": "c", "time": "", "note": "", "commit": "12"},
+    ]
+
+
+def test_table_aligns_names_left_and_numbers_right():
+    table = format_table(["name", "us", ""], [["copy", "1.0", ""], ["fused", "12.5", "wrong: y"]])
+    assert table.splitlines() == [
+        "name     us",
+        "-----  ----  --------",
+        "copy    1.0",
+        "fused  12.5  wrong: y",
+    ]
+
+
+def test_json_round_trip(tmp_path):
+    content = {"rows": [{"time": None, "name": "x"}], "environment": {"threads": 2}}
+    write_json(tmp_path / "a.json", content)
+    assert json.loads((tmp_path / "a.json").read_text()) == content

@@ -1,0 +1,44 @@
+"""The interleaving of timers; the timers here return numbers of their own and measure nothing."""
+
+import pytest
+
+from benchmarks.timing import Measurement, interleave, summarize
+
+
+def test_summary_is_median_spread_and_best():
+    assert summarize([3.0]) == Measurement(3.0, 0.0, 3.0, 1)
+    assert summarize([1.0, 2.0, 3.0, 4.0, 100.0]) == Measurement(3.0, 2.0, 1.0, 5)
+
+
+def test_every_round_runs_all_timers_and_starts_with_another():
+    called = []
+
+    def timer(name):
+        return lambda: called.append(name) or 1.0
+
+    measured = interleave({name: timer(name) for name in "abc"}, budget=1e9, max_rounds=3)
+    rounds = ["".join(called[i : i + 3]) for i in range(0, len(called), 3)]
+    assert rounds == ["abc", "bca", "cab", "abc"]
+    assert all(m == Measurement(1.0, 0.0, 1.0, 3) for m in measured.values())  # the first round does not count
+
+
+def test_a_spent_budget_still_gives_the_fewest_rounds():
+    assert interleave({"a": lambda: 2.0}, budget=0.0, min_rounds=2)["a"].repetitions >= 2
+
+
+@pytest.mark.parametrize("good_calls", [0, 2])
+def test_a_timer_that_raises_is_left_out_and_the_others_go_on(good_calls):
+    values = iter([1.0] * good_calls)
+
+    def failing():
+        for value in values:
+            return value
+        raise RuntimeError("out of order")
+
+    measured = interleave({"bad": failing, "good": lambda: 1.0}, budget=1e9, max_rounds=5)
+    assert str(measured["bad"]) == "out of order"
+    assert measured["good"].repetitions == 5
+
+
+def test_nothing_to_time():
+    assert interleave({}, budget=0.0) == {}
