@@ -1,9 +1,10 @@
 """The backward pass of density attention.
 
 With w the weights, q_j = valid_j g_j x_j the gradient of w_j, D = sum w q (0 where the clamp is active) and
-p_j = w_j (q_j - D), everything follows from T0 = sum p, U1 = sum p z and U2 = sum p z^2 of each slice. q - D is
-taken apart, because it cancels where g is nearly constant and x has an offset: with h = g - g0 and t = g (x - x0)
-it is x0 (h - sum w h) + (t - sum w t).
+p_j = w_j (q_j - D), everything follows from T0 = sum p, U1 = sum p z and U2 = sum p z^2 of each slice. Both steps
+cancel: q - D where g is nearly constant and x has an offset, the sums where a few elements hold nearly all the weight.
+So x is seen from x0, the element of the largest density, and z from its peak: with gap = (x - x0) / sqrt(var),
+q is x0 (g - g0) + g (x - x0), which differs from g x by a constant, and the sums are those of p gap and p gap^2.
 
 ``backward_resident`` reads x and the incoming gradient once and writes dx once, for slices that fit one block;
 ``split_sums`` and ``split_gradient`` read both twice. The parameter gradients need four sums per head, which every
@@ -19,24 +20,22 @@ from torch import Tensor
 
 from ..options import DensityOptions
 from .density_math import (
-    FAR,
     LN_2,
     count_elements,
     density,
     find_valid,
+    find_peak,
     finish_weights,
     first_valid,
     head_span,
     load_gaussians,
     load_statistics,
-    merge_normaliser,
-    nearest_distance,
+    move_to_peak,
     normaliser,
     partial_offsets,
     pick_first,
     product_quadratic,
     reciprocal_sqrt,
-    rescale,
     slice_coordinates,
     slice_number,
     slice_offsets,
@@ -44,17 +43,23 @@ from .density_math import (
     tile_offsets,
     tile_statistics,
 )
-from .density_forward import sweep_statistics
+from .density_forward import density_forward
 from .host import SIZES, arithmetic_type, device_of, prepare, run
 
 
 @triton.jit
+def relative_gradient(g_valid, gap, x0, deviation, g0):
+    """q = x0 (g - g0) + g (x - x0) of a tile; deviation is sqrt(var)."""
+    return (g_valid - g0[None, :]) * x0[None, :] + g_valid * gap * deviation[None, :]
+
+
+@triton.jit
 def slice_gradient(
-    g_valid, x, shifted, x0, weights, domain, count, clamped, g0, q_mean,
+    q, q_mean, g_valid, x, weights, domain, count, clamped,
     CLAMP: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
 ):  # fmt: skip
-    """p of a tile; ``q_mean`` is the weighted mean of x0 (g - g0) + g (x - x0)."""
-    q = (g_valid - g0[None, :]) * x0[None, :] + (g_valid * shifted - q_mean[None, :])
+    """p of a tile; ``q_mean`` is the weighted mean of q."""
+    q -= q_mean[None, :]
     if CLAMP:
         q = tl.where(clamped[None, :], g_valid * x, q)
     p = weights * q
@@ -66,24 +71,30 @@ def slice_gradient(
 
 
 @triton.jit
+def from_mean(t0, u1_gap, u2_gap, peak):
+    """U1 and U2 from the sums of p gap and p gap^2."""
+    return u1_gap + peak * t0, u2_gap + peak * (2.0 * u1_gap + peak * t0)
+
+
+@triton.jit
 def input_gradient(
-    g, p, weights, z, rstd, t0, u1, u2, count, a, center, spread, valid,
+    g, p, weights, gap, peak, rstd, t0, u1, u2, count, a, center, spread, valid,
     PADDED: tl.constexpr, EXCLUDE: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """dx of a tile: through x itself, through every z, and through the slice's mean and variance.
 
-    The latter two are one linear function of z per slice.
+    The latter two are one linear function of the gap per slice.
     """
     members = tl.maximum(count, 2.0)
     through_mean = a * rstd * u1 / members
     through_var = (a * u2 + spread * (2.0 * LN_2) * rstd * rstd * t0) * rstd / (members - 1.0)
-    constant = through_mean + through_var * (center * rstd)
-    direct = g * weights + constant[None, :] + through_var[None, :] * z
+    constant = through_mean + through_var * (peak + center * rstd)
+    direct = g * weights + constant[None, :] + through_var[None, :] * gap
     if EXCLUDE:
         direct = tl.where((count < 2.0)[None, :], g, direct)
     if PADDED:
         direct = tl.where(valid, direct, g)
-    dx = direct - p * z * (a * rstd)[None, :]
+    dx = direct - p * (gap + peak[None, :]) * (a * rstd)[None, :]
     if RESIDUAL:
         dx += g
     return dx
@@ -133,37 +144,40 @@ def backward_resident(
     if stats_ptr is not None:
         number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
         x0, mean, var = load_statistics(stats_ptr, number, num_slices, inside)
-        shifted = x - x0[None, :]
         count = count_elements(domain, x0, n, EXCLUDE)
+        rstd = reciprocal_sqrt(var)
+        peak = -(mean + center) * rstd
+        gap = (x - x0[None, :]) * rstd[None, :]
     else:
         if PADDED:
-            x0 = first_valid(x_ptr, x_base, valid, r, x_stride_r, BLOCK_R, COLUMNS, VEC).to(ACC)
+            first = first_valid(x_ptr, x_base, valid, r, x_stride_r, BLOCK_R, COLUMNS, VEC).to(ACC)
         else:
-            x0 = tl.load(x_ptr + x_base, mask=inside, other=0.0).to(ACC)
-        shifted = x - x0[None, :]
-        count, mean, var = tile_statistics(shifted, x0, valid, domain, n, EPS, PADDED, EXCLUDE)
+            first = tl.load(x_ptr + x_base, mask=inside, other=0.0).to(ACC)
+        shifted = x - first[None, :]
+        count, mean, var = tile_statistics(shifted, first, valid, domain, n, EPS, PADDED, EXCLUDE)
+        rstd = reciprocal_sqrt(var)
+        z = standardise(shifted, mean, rstd, center)
+        peak = find_peak(z, domain)
+        gap = z - peak[None, :]
+        x0, _mean = move_to_peak(first, mean, var, rstd, center, peak)
     if EXCLUDE:
-        shifted = tl.where(valid, shifted, 0.0)
-    rstd = reciprocal_sqrt(var)
-    z = standardise(shifted, mean, rstd, center)
-    nearest = nearest_distance(z, domain)
-    densities = density(z, nearest, domain, a)
-    scale, clamped = normaliser(nearest, tl.sum(densities, axis=0), rstd, a, spread, level, CLAMP)
+        gap = tl.where(valid, gap, 0.0)
+    densities = density(gap, peak, domain, a)
+    scale, clamped = normaliser(peak, tl.sum(densities, axis=0), rstd, a, spread, level, CLAMP)
     weights = finish_weights(densities, scale, valid, count, EXCLUDE)
 
-    # With g0 the weighted mean of g, x0 (g - g0) adds to q_mean only what rounding left.
-    g0 = tl.sum(weights * g_valid, axis=0)
-    q_mean = tl.sum(weights * ((g_valid - g0[None, :]) * x0[None, :] + g_valid * shifted), axis=0)
-    p = slice_gradient(
-        g_valid, x, shifted, x0, weights, domain, count, clamped, g0, q_mean, CLAMP, PADDED, EXCLUDE
-    )
-    u1 = tl.sum(p * z, axis=0)
-    u2 = tl.sum(p * z * z, axis=0)
-    t0 = tl.zeros_like(u1)
+    # g0 is the weighted mean of g, so what q holds of x0 is what g varies by.
+    q = relative_gradient(g_valid, gap, x0, var * rstd, tl.sum(weights * g_valid, axis=0))
+    q_mean = tl.sum(weights * q, axis=0)
+    p = slice_gradient(q, q_mean, g_valid, x, weights, domain, count, clamped, CLAMP, PADDED, EXCLUDE)
+    u1_gap = tl.sum(p * gap, axis=0)
+    u2_gap = tl.sum(p * gap * gap, axis=0)
+    t0 = tl.zeros_like(u1_gap)
     if CLAMP:
         t0 = tl.where(clamped, tl.sum(p, axis=0), 0.0)
+    u1, u2 = from_mean(t0, u1_gap, u2_gap, peak)
     dx = input_gradient(
-        g, p, weights, z, rstd, t0, u1, u2, count, a, center, spread, valid, PADDED, EXCLUDE, RESIDUAL
+        g, p, weights, gap, peak, rstd, t0, u1, u2, count, a, center, spread, valid, PADDED, EXCLUDE, RESIDUAL
     )
     at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)
@@ -180,7 +194,7 @@ def split_sums(
     EPS: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Reads x and g; writes what ``merge_sums`` needs of each run: 12 numbers, [12, chunks, slices]."""
+    """Reads x and g; writes what ``merge_sums`` needs of each run: 10 numbers, [10, chunks, slices]."""
     head = tl.program_id(0) % num_heads
     start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
     o, i, inside = slice_coordinates(tl.program_id(0) // num_heads, outer, inner, COLUMNS, VEC, BLOCK_S)
@@ -189,25 +203,24 @@ def split_sums(
     if PADDED:
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
+    slices = num_slices.to(tl.int64)
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
     a, center, _spread, _level = product_quadratic(offset, width, real, EPS, ACC)
-    slices = num_slices.to(tl.int64)
     x0, mean, var = load_statistics(stats_ptr, number, slices, inside)
-
     rstd = reciprocal_sqrt(var)
+    peak = -(mean + center) * rstd
+
     count = tl.zeros([BLOCK_S], ACC)
     seen = tl.zeros([BLOCK_S], ACC)
     g0 = tl.zeros([BLOCK_S], ACC)
-    nearest = tl.full([BLOCK_S], FAR, ACC)
     s0 = tl.zeros([BLOCK_S], ACC)
     s1 = tl.zeros([BLOCK_S], ACC)
     s2 = tl.zeros([BLOCK_S], ACC)
+    s3 = tl.zeros([BLOCK_S], ACC)
     h0 = tl.zeros([BLOCK_S], ACC)
     h1 = tl.zeros([BLOCK_S], ACC)
     h2 = tl.zeros([BLOCK_S], ACC)
-    t0 = tl.zeros([BLOCK_S], ACC)
-    t1 = tl.zeros([BLOCK_S], ACC)
-    t2 = tl.zeros([BLOCK_S], ACC)
+    h3 = tl.zeros([BLOCK_S], ACC)
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for tile in range(tiles):
         r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -217,103 +230,92 @@ def split_sums(
         valid = within
         if PADDED:
             valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
+            g = tl.where(valid, g, 0.0)
         domain = valid if EXCLUDE else within
-        shifted = x - x0[None, :]
+        gap = (x - x0[None, :]) * rstd[None, :]
         if EXCLUDE:
-            shifted = tl.where(valid, shifted, 0.0)
-        g_valid = tl.where(valid, g, 0.0)
-        found = first_valid(g_ptr, g_base, valid, r, g_stride_r, BLOCK_R, COLUMNS, VEC).to(ACC)
-        # Sums of h so far are of zeros where no valid element was seen, but g - g0 is -g0 at padding.
-        renew = seen == 0.0
-        g0_before = g0
-        g0 = tl.where(renew, found, g0)
-        h0 += (g0_before - g0) * s0
-        h1 += (g0_before - g0) * s1
-        h2 += (g0_before - g0) * s2
+            gap = tl.where(valid, gap, 0.0)
+        # g0 is the run's first valid g. Until there is one g is 0, and the sums of h become those of 0 - g0.
+        found = tl.where(seen == 0.0, first_valid(g_ptr, g_base, valid, r, g_stride_r, BLOCK_R, COLUMNS, VEC), g0)
+        step = g0 - found.to(ACC)
+        g0 = found.to(ACC)
         seen += tl.sum(valid.to(ACC), axis=0)
         count += tl.sum(domain.to(ACC), axis=0)
 
-        z = standardise(shifted, mean, rstd, center)
-        before = nearest
-        nearest = tl.minimum(before, nearest_distance(z, domain))
-        shrink = rescale(before, nearest, a)
-        m = density(z, nearest, domain, a)
-        mz = m * z
-        mzz = mz * z
-        h = g_valid - g0[None, :]
-        t = g_valid * shifted
-        s0 = s0 * shrink + tl.sum(m, axis=0)
-        s1 = s1 * shrink + tl.sum(mz, axis=0)
-        s2 = s2 * shrink + tl.sum(mzz, axis=0)
-        h0 = h0 * shrink + tl.sum(m * h, axis=0)
-        h1 = h1 * shrink + tl.sum(mz * h, axis=0)
-        h2 = h2 * shrink + tl.sum(mzz * h, axis=0)
-        t0 = t0 * shrink + tl.sum(m * t, axis=0)
-        t1 = t1 * shrink + tl.sum(mz * t, axis=0)
-        t2 = t2 * shrink + tl.sum(mzz * t, axis=0)
+        m = density(gap, peak, domain, a)
+        h = g - g0[None, :]
+        h0 += step * s0 + tl.sum(m * h, axis=0)
+        s0 += tl.sum(m, axis=0)
+        m = m * gap
+        h1 += step * s1 + tl.sum(m * h, axis=0)
+        s1 += tl.sum(m, axis=0)
+        m = m * gap
+        h2 += step * s2 + tl.sum(m * h, axis=0)
+        s2 += tl.sum(m, axis=0)
+        m = m * gap
+        h3 += step * s3 + tl.sum(m * h, axis=0)
+        s3 += tl.sum(m, axis=0)
     at = sums_ptr + number + tl.program_id(1) * slices
     field = slices * num_chunks
-    tl.store(at, nearest, mask=inside)
-    tl.store(at + field, s0, mask=inside)
-    tl.store(at + 2 * field, s1, mask=inside)
-    tl.store(at + 3 * field, s2, mask=inside)
-    tl.store(at + 4 * field, h0, mask=inside)
-    tl.store(at + 5 * field, h1, mask=inside)
-    tl.store(at + 6 * field, h2, mask=inside)
-    tl.store(at + 7 * field, t0, mask=inside)
-    tl.store(at + 8 * field, t1, mask=inside)
-    tl.store(at + 9 * field, t2, mask=inside)
-    tl.store(at + 10 * field, tl.where(seen > 0.0, g0, 0.0), mask=inside)
-    tl.store(at + 11 * field, count, mask=inside)
+    tl.store(at, count, mask=inside)
+    tl.store(at + field, g0, mask=inside)
+    tl.store(at + 2 * field, s0, mask=inside)
+    tl.store(at + 3 * field, s1, mask=inside)
+    tl.store(at + 4 * field, s2, mask=inside)
+    tl.store(at + 5 * field, s3, mask=inside)
+    tl.store(at + 6 * field, h0, mask=inside)
+    tl.store(at + 7 * field, h1, mask=inside)
+    tl.store(at + 8 * field, h2, mask=inside)
+    tl.store(at + 9 * field, h3, mask=inside)
+
+
+@triton.jit
+def merge_moments(sums_ptr, power, shift, there, at, field):
+    """Sums over a slice of m gap^power and of m h gap^power, from its runs', whose g0 is off by ``shift``."""
+    s = tl.load(sums_ptr + (2 + power) * field + at, mask=there, other=0.0)
+    h = tl.load(sums_ptr + (6 + power) * field + at, mask=there, other=0.0)
+    return tl.sum(s, axis=0), tl.sum(h + s * shift, axis=0)
 
 
 @triton.jit
 def merge_sums(
-    sums_ptr, number, num_slices, num_chunks, inside, x0, rstd, a, spread, level,
+    sums_ptr, number, num_slices, num_chunks, inside, x0, peak, var, rstd, a, spread, level,
     CLAMP: tl.constexpr, EXCLUDE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Whole slices from the sums of their runs.
 
-    Returns (elements counted, smallest z^2, factor from density to weight, clamped, g0, weighted mean of
-    x0 (g - g0) + g (x - x0), T0, U1, U2).
+    Returns (elements counted, factor from density to weight, clamped, g0, weighted mean of q, T0, U1, U2).
     """
     at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
     field = num_slices * num_chunks
-    nearest, s0 = merge_normaliser(sums_ptr, number, num_slices, num_chunks, inside, a, BLOCK_C)
-    nearests = tl.load(sums_ptr + at, mask=there, other=FAR)
-    g0s = tl.load(sums_ptr + 10 * field + at, mask=there, other=0.0)
-    count = tl.sum(tl.load(sums_ptr + 11 * field + at, mask=there, other=0.0), axis=0)
+    count = tl.sum(tl.load(sums_ptr + at, mask=there, other=0.0), axis=0)
+    g0s = tl.load(sums_ptr + field + at, mask=there, other=0.0)
     g0 = pick_first(g0s, g0s != 0.0, BLOCK_C)
-    shrink = rescale(nearests, nearest[None, :], a)
-    moved = (g0s - g0[None, :]) * shrink
-    s0s = tl.load(sums_ptr + field + at, mask=there, other=0.0)
-    s1s = tl.load(sums_ptr + 2 * field + at, mask=there, other=0.0)
-    s2s = tl.load(sums_ptr + 3 * field + at, mask=there, other=0.0)
-    s1 = tl.sum(s1s * shrink, axis=0)
-    s2 = tl.sum(s2s * shrink, axis=0)
-    h0 = tl.sum(tl.load(sums_ptr + 4 * field + at, mask=there, other=0.0) * shrink + s0s * moved, axis=0)
-    h1 = tl.sum(tl.load(sums_ptr + 5 * field + at, mask=there, other=0.0) * shrink + s1s * moved, axis=0)
-    h2 = tl.sum(tl.load(sums_ptr + 6 * field + at, mask=there, other=0.0) * shrink + s2s * moved, axis=0)
-    t0 = tl.sum(tl.load(sums_ptr + 7 * field + at, mask=there, other=0.0) * shrink, axis=0)
-    t1 = tl.sum(tl.load(sums_ptr + 8 * field + at, mask=there, other=0.0) * shrink, axis=0)
-    t2 = tl.sum(tl.load(sums_ptr + 9 * field + at, mask=there, other=0.0) * shrink, axis=0)
+    shift = g0s - g0[None, :]
+    s0, h0 = merge_moments(sums_ptr, 0, shift, there, at, field)
+    s1, h1 = merge_moments(sums_ptr, 1, shift, there, at, field)
+    s2, h2 = merge_moments(sums_ptr, 2, shift, there, at, field)
+    s3, h3 = merge_moments(sums_ptr, 3, shift, there, at, field)
+    scale, clamped = normaliser(peak, s0, rstd, a, spread, level, CLAMP)
 
-    scale, clamped = normaliser(nearest, s0, rstd, a, spread, level, CLAMP)
-    h_mean = h0 / s0
-    t_mean = t0 / s0
-    q_mean = x0 * h_mean + t_mean
-    u0 = tl.zeros_like(s0)
-    u1 = (x0 * (h1 - h_mean * s1) + (t1 - t_mean * s1)) * scale
-    u2 = (x0 * (h2 - h_mean * s2) + (t2 - t_mean * s2)) * scale
+    deviation = var * rstd
+    q0 = x0 * h0 + deviation * (h1 + g0 * s1)
+    q1 = x0 * h1 + deviation * (h2 + g0 * s2)
+    q2 = x0 * h2 + deviation * (h3 + g0 * s3)
+    q_mean = q0 / s0
+    t0 = tl.zeros_like(s0)
+    u1_gap = (q1 - q_mean * s1) * scale
+    u2_gap = (q2 - q_mean * s2) * scale
     if CLAMP:
-        u0 = tl.where(clamped, (x0 * (h0 + g0 * s0) + t0) * scale, u0)
-        u1 = tl.where(clamped, (x0 * (h1 + g0 * s1) + t1) * scale, u1)
-        u2 = tl.where(clamped, (x0 * (h2 + g0 * s2) + t2) * scale, u2)
+        t0 = tl.where(clamped, (q0 + g0 * x0 * s0) * scale, t0)
+        u1_gap = tl.where(clamped, (q1 + g0 * x0 * s1) * scale, u1_gap)
+        u2_gap = tl.where(clamped, (q2 + g0 * x0 * s2) * scale, u2_gap)
     if EXCLUDE:
-        u0 = tl.where(count < 2.0, 0.0, u0)
-        u1 = tl.where(count < 2.0, 0.0, u1)
-        u2 = tl.where(count < 2.0, 0.0, u2)
-    return count, nearest, scale, clamped, g0, q_mean, u0, u1, u2
+        t0 = tl.where(count < 2.0, 0.0, t0)
+        u1_gap = tl.where(count < 2.0, 0.0, u1_gap)
+        u2_gap = tl.where(count < 2.0, 0.0, u2_gap)
+    u1, u2 = from_mean(t0, u1_gap, u2_gap, peak)
+    return count, scale, clamped, g0, q_mean, t0, u1, u2
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -341,8 +343,9 @@ def split_gradient(
     slices = num_slices.to(tl.int64)
     x0, mean, var = load_statistics(stats_ptr, number, slices, inside)
     rstd = reciprocal_sqrt(var)
-    count, nearest, scale, clamped, g0, q_mean, t0, u1, u2 = merge_sums(
-        sums_ptr, number, slices, num_chunks, inside, x0, rstd, a, spread, level, CLAMP, EXCLUDE, BLOCK_C
+    peak = -(mean + center) * rstd
+    count, scale, clamped, g0, q_mean, t0, u1, u2 = merge_sums(
+        sums_ptr, number, slices, num_chunks, inside, x0, peak, var, rstd, a, spread, level, CLAMP, EXCLUDE, BLOCK_C
     )
     if tl.program_id(1) == 0:
         save_partials(partials_ptr, head, tl.program_id(0) // num_heads, num_partials, t0, u1, u2, rstd, inside)
@@ -359,16 +362,14 @@ def split_gradient(
             valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
             g_valid = tl.where(valid, g, 0.0)
         domain = valid if EXCLUDE else within
-        shifted = x - x0[None, :]
+        gap = (x - x0[None, :]) * rstd[None, :]
         if EXCLUDE:
-            shifted = tl.where(valid, shifted, 0.0)
-        z = standardise(shifted, mean, rstd, center)
-        weights = finish_weights(density(z, nearest, domain, a), scale, valid, count, EXCLUDE)
-        p = slice_gradient(
-            g_valid, x, shifted, x0, weights, domain, count, clamped, g0, q_mean, CLAMP, PADDED, EXCLUDE
-        )
+            gap = tl.where(valid, gap, 0.0)
+        weights = finish_weights(density(gap, peak, domain, a), scale, valid, count, EXCLUDE)
+        q = relative_gradient(g_valid, gap, x0, var * rstd, g0)
+        p = slice_gradient(q, q_mean, g_valid, x, weights, domain, count, clamped, CLAMP, PADDED, EXCLUDE)
         dx = input_gradient(
-            g, p, weights, z, rstd, t0, u1, u2, count, a, center, spread, valid, PADDED, EXCLUDE, RESIDUAL
+            g, p, weights, gap, peak, rstd, t0, u1, u2, count, a, center, spread, valid, PADDED, EXCLUDE, RESIDUAL
         )
         at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)
@@ -434,9 +435,10 @@ def density_backward(
         if not launch.tile.num_chunks:
             run(backward_resident, launch, pointers)
         else:
-            if stats is None:
-                pointers["stats_ptr"] = sweep_statistics(launch, pointers)["stats_ptr"]
-            pointers["sums_ptr"] = partials.new_empty((12, launch.tile.num_chunks, launch.num_slices))
+            if stats is None:  # only where the operator is called by hand: the forward pass saves them
+                pointers["stats_ptr"] = partials.new_empty((3, launch.num_slices))
+                density_forward(x, mean_offsets, c, mask, options, dx, None, pointers["stats_ptr"])
+            pointers["sums_ptr"] = partials.new_empty((10, launch.tile.num_chunks, launch.num_slices))
             run(split_sums, launch, pointers)
             run(split_gradient, launch, pointers)
         run(parameter_gradients, launch, pointers, grid=(heads,))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..options import DensityOptions
 from .density_math import (
-    FAR,
     counted_values,
     density,
+    find_peak,
     find_valid,
     finish_weights,
     first_valid,
@@ -26,7 +26,7 @@ from .density_math import (
     merge_counts,
     merge_normaliser,
     merge_statistics,
-    nearest_distance,
+    move_to_peak,
     normaliser,
     product_quadratic,
     reciprocal_sqrt,
@@ -41,7 +41,6 @@ from .density_math import (
     weighted_output,
 )
 from .host import SIZES, arithmetic_type, device_of, prepare, run
-from .launch import Launch
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -78,14 +77,15 @@ def forward_resident(
 
     shifted = x - x0[None, :]
     count, mean, var = tile_statistics(shifted, x0, valid, domain, n, EPS, PADDED, EXCLUDE)
-    if stats_ptr is not None:
-        number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
-        save_statistics(stats_ptr, x0, mean, var, number, num_slices, inside)
     rstd = reciprocal_sqrt(var)
     z = standardise(shifted, mean, rstd, center)
-    nearest = nearest_distance(z, domain)
-    weights = density(z, nearest, domain, a)
-    scale, _ = normaliser(nearest, tl.sum(weights, axis=0), rstd, a, spread, level, CLAMP)
+    peak = find_peak(z, domain)
+    if stats_ptr is not None:
+        number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
+        x0, mean = move_to_peak(x0, mean, var, rstd, center, peak)
+        save_statistics(stats_ptr, x0, mean, var, number, num_slices, inside)
+    weights = density(z - peak[None, :], peak, domain, a)
+    scale, _ = normaliser(peak, tl.sum(weights, axis=0), rstd, a, spread, level, CLAMP)
     weights = finish_weights(weights, scale, valid, count, EXCLUDE)
 
     at = tile_offsets(y_base, r, y_stride_r, COLUMNS, VEC)
@@ -148,14 +148,14 @@ def split_statistics(
 
 @triton.jit(do_not_specialize=SIZES)
 def split_normaliser(
-    x_ptr, mask_ptr, statistics_ptr, stats_ptr, partials_ptr, mean_offsets_ptr, c_ptr,
+    x_ptr, mask_ptr, moments_ptr, merged_ptr, partials_ptr, mean_offsets_ptr, c_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, tiles,
     x_stride_o, x_stride_r, x_stride_i, mask_stride_o, mask_stride_r, mask_stride_i,
-    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr, EPS: tl.constexpr,
-    ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
+    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
+    EPS: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Reads x; writes 3 numbers per slice, and (smallest z^2, sum of densities over that one's) of each run."""
+    """Reads x; writes the merged statistics, and (peak, sum of densities over the one there) of each run."""
     head = tl.program_id(0) % num_heads
     start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
     o, i, inside = slice_coordinates(tl.program_id(0) // num_heads, outer, inner, COLUMNS, VEC, BLOCK_S)
@@ -163,15 +163,15 @@ def split_normaliser(
     if PADDED:
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
+    slices = num_slices.to(tl.int64)
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
     a, center, _spread, _level = product_quadratic(offset, width, real, EPS, ACC)
-    slices = num_slices.to(tl.int64)
-    x0, mean, var = merge_statistics(statistics_ptr, number, slices, num_chunks, inside, EPS, BLOCK_C)
-    if tl.program_id(1) == 0:
-        save_statistics(stats_ptr, x0, mean, var, number, slices, inside)
-
+    x0, mean, var = merge_statistics(moments_ptr, number, slices, num_chunks, inside, EPS, BLOCK_C)
     rstd = reciprocal_sqrt(var)
-    nearest = tl.full([BLOCK_S], FAR, ACC)
+    if tl.program_id(1) == 0:
+        save_statistics(merged_ptr, x0, mean, var, number, slices, inside)
+
+    peak = tl.zeros([BLOCK_S], ACC)
     total = tl.zeros([BLOCK_S], ACC)
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for t in range(tiles):
@@ -182,26 +182,30 @@ def split_normaliser(
         if EXCLUDE:
             domain = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
         z = standardise(x - x0[None, :], mean, rstd, center)
-        before = nearest
-        nearest = tl.minimum(before, nearest_distance(z, domain))
-        total = total * rescale(before, nearest, a) + tl.sum(density(z, nearest, domain, a), axis=0)
+        before = peak
+        found = find_peak(z, domain)
+        present = tl.max(domain.to(tl.int32), axis=0) > 0
+        nearer = present & ((total == 0.0) | (tl.abs(found) < tl.abs(before)))
+        peak = tl.where(nearer, found, before)
+        kept = tl.where(total == 0.0, 0.0, total * rescale(before, peak, a))
+        total = kept + tl.sum(density(z - peak[None, :], peak, domain, a), axis=0)
     at = partials_ptr + number + tl.program_id(1) * slices
-    tl.store(at, nearest, mask=inside)
+    tl.store(at, peak, mask=inside)
     tl.store(at + slices * num_chunks, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def split_output(
-    x_ptr, y_ptr, weights_ptr, mask_ptr, statistics_ptr, stats_ptr, partials_ptr, mean_offsets_ptr, c_ptr,
+    x_ptr, y_ptr, weights_ptr, mask_ptr, moments_ptr, merged_ptr, partials_ptr, stats_ptr, mean_offsets_ptr, c_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, tiles,
     y_stride_o, y_stride_r, y_stride_i, x_stride_o, x_stride_r, x_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    CLAMP: tl.constexpr, EPS: tl.constexpr,
-    RESIDUAL: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
+    CLAMP: tl.constexpr, EPS: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr,
+    COLUMNS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Reads x, writes y, and the weights where asked for."""
+    """Reads x, writes y, the weights and 3 numbers per slice where asked for."""
     head = tl.program_id(0) % num_heads
     start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
     o, i, inside = slice_coordinates(tl.program_id(0) // num_heads, outer, inner, COLUMNS, VEC, BLOCK_S)
@@ -210,16 +214,20 @@ def split_output(
     if PADDED:
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
+    slices = num_slices.to(tl.int64)
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
     a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
-    slices = num_slices.to(tl.int64)
-    x0, mean, var = load_statistics(stats_ptr, number, slices, inside)
+    x0, mean, var = load_statistics(merged_ptr, number, slices, inside)
+    rstd = reciprocal_sqrt(var)
     count = tl.zeros_like(x0)
     if EXCLUDE:
-        count = merge_counts(statistics_ptr, number, slices, num_chunks, inside, BLOCK_C)
-    nearest, total = merge_normaliser(partials_ptr, number, slices, num_chunks, inside, a, BLOCK_C)
-    rstd = reciprocal_sqrt(var)
-    scale, _ = normaliser(nearest, total, rstd, a, spread, level, CLAMP)
+        count = merge_counts(moments_ptr, number, slices, num_chunks, inside, BLOCK_C)
+    peak, total = merge_normaliser(partials_ptr, number, slices, num_chunks, inside, a, BLOCK_C)
+    scale, _ = normaliser(peak, total, rstd, a, spread, level, CLAMP)
+    if stats_ptr is not None:
+        if tl.program_id(1) == 0:
+            x_peak, mean_peak = move_to_peak(x0, mean, var, rstd, center, peak)
+            save_statistics(stats_ptr, x_peak, mean_peak, var, number, slices, inside)
 
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for t in range(tiles):
@@ -230,8 +238,8 @@ def split_output(
         if PADDED:
             valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
         domain = valid if EXCLUDE else within
-        z = standardise(x - x0[None, :], mean, rstd, center)
-        weights = finish_weights(density(z, nearest, domain, a), scale, valid, count, EXCLUDE)
+        gap = standardise(x - x0[None, :], mean, rstd, center) - peak[None, :]
+        weights = finish_weights(density(gap, peak, domain, a), scale, valid, count, EXCLUDE)
         at = tile_offsets(y_base, r, y_stride_r, COLUMNS, VEC)
         y = weighted_output(x, weights, valid, PADDED, RESIDUAL)
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=within)
@@ -261,22 +269,10 @@ def density_forward(
         if not launch.tile.num_chunks:
             run(forward_resident, launch, pointers)
             return
-        pointers = sweep_statistics(launch, pointers)
+        fields = x.new_empty((6, launch.tile.num_chunks, launch.num_slices), dtype=arithmetic_type(x))
+        moments, partials = fields.split((4, 2))
+        merged = fields.new_empty((3, launch.num_slices))
+        run(split_statistics, launch, dict(pointers, partials_ptr=moments))
+        pointers.update(moments_ptr=moments, merged_ptr=merged, partials_ptr=partials)
+        run(split_normaliser, launch, pointers)
         run(split_output, launch, pointers)
-
-
-def sweep_statistics(launch: Launch, pointers: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """The first two sweeps over split slices: fills stats, its own where the pointers have none.
-
-    Returns the pointers with stats and the partial results added.
-    """
-    x = pointers["x_ptr"]
-    fields = x.new_empty((6, launch.tile.num_chunks, launch.num_slices), dtype=arithmetic_type(x))
-    statistics, partials = fields.split((4, 2))
-    stats = pointers["stats_ptr"]
-    if stats is None:
-        stats = fields.new_empty((3, launch.num_slices))
-    pointers = dict(pointers, stats_ptr=stats, statistics_ptr=statistics, partials_ptr=partials)
-    run(split_statistics, launch, dict(pointers, partials_ptr=statistics))
-    run(split_normaliser, launch, pointers)
-    return pointers

@@ -171,33 +171,36 @@ def standardise(shifted, mean, rstd, center):
 
 
 @triton.jit
-def nearest_distance(z, domain):
-    """The smallest z^2 of each slice."""
-    return tl.min(tl.where(domain, z * z, FAR), axis=0)
+def find_peak(z, domain):
+    """The z of each column that is nearest to 0, where the density is largest; 0 for columns without a domain."""
+    above = tl.min(tl.where(domain & (z >= 0.0), z, FAR), axis=0)
+    below = tl.max(tl.where(domain & (z < 0.0), z, -FAR), axis=0)
+    peak = tl.where(above <= -below, above, below)
+    return tl.where(tl.abs(peak) < FAR, peak, 0.0)
 
 
 @triton.jit
-def density(z, nearest, domain, a):
-    """The slice's densities over its largest one."""
-    return tl.where(domain, tl.exp2((nearest[None, :] - z * z) * (a * (0.5 * LOG2_E))), 0.0)
-
-
-@triton.jit
-def normaliser(nearest, total, rstd, a, spread, level, CLAMP: tl.constexpr):
-    """(what a density is multiplied with to become a weight, whether the sum of the slice is below eps)."""
-    scale = 1.0 / total
-    clamped = total < 0.0
-    if CLAMP:
-        log_peak = -(nearest * (a * (0.5 * LOG2_E)) + spread * rstd * rstd + level)
-        clamped = log_peak + tl.log2(total) < 0.0
-        scale = tl.where(clamped, tl.exp2(log_peak), scale)
-    return scale, clamped
+def density(gap, peak, domain, a):
+    """The slice's densities over its largest one; gap = z - peak, so that what all z have in common cancels."""
+    return tl.where(domain, tl.exp2(gap * (gap + 2.0 * peak[None, :]) * (a * (-0.5 * LOG2_E))), 0.0)
 
 
 @triton.jit
 def rescale(before, after, a):
-    """What densities over the one at z^2 = ``before`` are multiplied with to be over the one at ``after``."""
-    return tl.exp2((after - before) * (a * (0.5 * LOG2_E)))
+    """What densities over the one at z = ``before`` are multiplied with to be over the one at ``after``."""
+    return tl.exp2((before - after) * (before + after) * (a * (-0.5 * LOG2_E)))
+
+
+@triton.jit
+def normaliser(peak, total, rstd, a, spread, level, CLAMP: tl.constexpr):
+    """(what a density is multiplied with to become a weight, whether the sum of the slice is below eps)."""
+    scale = 1.0 / total
+    clamped = total < 0.0
+    if CLAMP:
+        log_peak = -(peak * peak * (a * (0.5 * LOG2_E)) + spread * rstd * rstd + level)
+        clamped = log_peak + tl.log2(total) < 0.0
+        scale = tl.where(clamped, tl.exp2(log_peak), scale)
+    return scale, clamped
 
 
 @triton.jit
@@ -236,6 +239,13 @@ def load_statistics(stats_ptr, number, num_slices, inside):
     x0 = tl.load(at, mask=inside, other=0.0)
     mean = tl.load(at + num_slices, mask=inside, other=0.0)
     return x0, mean, tl.load(at + 2 * num_slices, mask=inside, other=1.0)
+
+
+@triton.jit
+def move_to_peak(x0, mean, var, rstd, center, peak):
+    """(x0, mean - x0) with the element of the largest density as x0."""
+    step = mean + center + peak * (var * rstd)
+    return x0 + step, mean - step
 
 
 @triton.jit
@@ -280,9 +290,10 @@ def merge_statistics(partials_ptr, number, num_slices, num_chunks, inside, EPS: 
 
 @triton.jit
 def merge_normaliser(partials_ptr, number, num_slices, num_chunks, inside, a, BLOCK_C: tl.constexpr):
-    """(smallest z^2, sum of densities over that one's) of whole slices from those of their runs."""
+    """(peak, sum of densities over the one there) of whole slices from those of their runs."""
     at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
-    nearests = tl.load(partials_ptr + at, mask=there, other=FAR)
+    peaks = tl.load(partials_ptr + at, mask=there, other=0.0)
     totals = tl.load(partials_ptr + num_slices * num_chunks + at, mask=there, other=0.0)
-    nearest = tl.min(nearests, axis=0)
-    return nearest, tl.sum(totals * rescale(nearests, nearest[None, :], a), axis=0)
+    present = totals != 0.0
+    peak = find_peak(peaks, present)
+    return peak, tl.sum(tl.where(present, totals * rescale(peaks, peak[None, :], a), 0.0), axis=0)
