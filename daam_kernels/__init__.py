@@ -2,8 +2,20 @@
 
 from . import reference
 from .backends import available_backends
+from .compat import fuse, fusion_report, unfuse
 from .functional import density_attention
+from .modules import FusedDAAM, FusedDensityBlock, FusedMultiHeadDAAM
 
 __version__ = "0.1.0"
 
-__all__ = ["available_backends", "density_attention", "reference"]
+__all__ = [
+    "FusedDAAM",
+    "FusedDensityBlock",
+    "FusedMultiHeadDAAM",
+    "available_backends",
+    "density_attention",
+    "fuse",
+    "fusion_report",
+    "reference",
+    "unfuse",
+]

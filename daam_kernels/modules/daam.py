@@ -1,0 +1,389 @@
+"""Density adaptive attention as modules: one head, many heads, and a block of residual layers.
+
+Source: Ioannides et al., arXiv 2401.11143, Algorithms 2 to 4, and the PyPI package gaussian-adaptive-attention 0.1.5,
+whose arguments, outputs and checkpoints these modules take. Two things differ from that package. ``c`` is drawn as
+exp(N(0, 1)), as its GitHub code does, where the release on PyPI draws N(0, 1): to compare, copy the parameters. And
+``eps`` reaches the heads, where its multi-head passes it in the place of ``mean_offset_init``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import (
+    BACKENDS,
+    _check_axis,
+    _check_choice,
+    _check_heads,
+    _check_mask,
+    _check_padding_value,
+    density_attention,
+)
+
+_PARAMETERS = ("mean_offsets", "c")
+_HEADS = "attention_heads."  # what the public package calls the list of a multi-head's single heads
+
+
+class _DensityAttention(nn.Module):
+    """What one head and many share: parameters [heads, num_gaussians], one call, the options of that call."""
+
+    def __init__(
+        self,
+        heads: int,
+        norm_axis: int,
+        num_heads: int,
+        num_gaussians: int,
+        padding_value: float | None,
+        mean_offset_init: float,
+        eps: float | Sequence[float],
+        padding_stats: str,
+        normalize: str,
+        backend: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.norm_axis = norm_axis
+        self.num_heads = num_heads
+        self.num_gaussians = num_gaussians
+        self.padding_value = padding_value
+        self.mean_offset_init = _check_finite("mean_offset_init", mean_offset_init)
+        self.eps = _check_eps(eps, heads)
+        self.padding_stats = _check_choice("padding_stats", padding_stats, ("zero", "exclude"))
+        self.normalize = _check_choice("normalize", normalize, ("clamp", "softmax"))
+        self.backend = _check_choice("backend", backend, ("auto", *BACKENDS))
+        _check_padding_value(padding_value)
+        self.mean_offsets = nn.Parameter(torch.empty(heads, num_gaussians, device=device, dtype=dtype))
+        self.c = nn.Parameter(torch.empty(heads, num_gaussians, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew: the offsets are constant, ``c`` = exp(N(0, 1))."""
+        nn.init.constant_(self.mean_offsets, self.mean_offset_init)
+        with torch.no_grad():
+            self.c.normal_().exp_()
+
+    def forward(
+        self,
+        x: Tensor,
+        return_attention_details: bool = False,
+        *,
+        mask: Tensor | None = None,
+        residual: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """y = x * weights(x), or (y, weights); see :func:`daam_kernels.density_attention`.
+
+        Args:
+            x: any shape; ``norm_axis`` is cut into heads of at least 2 elements each.
+            return_attention_details: return (y, weights), the weights detached and of x's shape.
+            mask: boolean, broadcastable to x, True where x is valid.
+            residual: add x to the result.
+        """
+        if isinstance(self.eps, tuple):
+            return self._forward_head_by_head(x, return_attention_details, mask, residual)
+        return self._attend(x, self.mean_offsets, self.c, self.eps, return_attention_details, mask, residual)
+
+    def _forward_head_by_head(self, x, return_weights, mask, residual):
+        axis = _check_axis(self.norm_axis, x)
+        _check_heads(x.shape[axis], self.num_heads, axis)
+        if mask is not None:
+            _check_mask(mask, x)
+            mask = mask.expand_as(x)
+        chunk = x.shape[axis] // self.num_heads
+        parts = []
+        for head, eps in enumerate(self.eps):
+            start = head * chunk
+            length = x.shape[axis] - start if head == self.num_heads - 1 else chunk
+            mean_offsets, c = self.mean_offsets[head : head + 1], self.c[head : head + 1]
+            part_mask = None if mask is None else mask.narrow(axis, start, length)
+            part = x.narrow(axis, start, length)
+            parts.append(self._attend(part, mean_offsets, c, eps, return_weights, part_mask, residual))
+        if return_weights:
+            outputs, weights = zip(*parts)
+            return torch.cat(outputs, axis), torch.cat(weights, axis)
+        return torch.cat(parts, axis)
+
+    def _attend(self, x, mean_offsets, c, eps, return_weights, mask, residual):
+        return density_attention(
+            x,
+            mean_offsets,
+            c,
+            norm_axis=self.norm_axis,
+            padding_value=self.padding_value,
+            mask=mask,
+            padding_stats=self.padding_stats,
+            normalize=self.normalize,
+            eps=eps,
+            residual=residual,
+            return_weights=return_weights,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        shown = ["norm_axis", "num_heads", "num_gaussians", "padding_value", "eps"]
+        defaults = {"mean_offset_init": 0, "padding_stats": "zero", "normalize": "clamp", "backend": "auto"}
+        shown += [name for name, default in defaults.items() if getattr(self, name) != default]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        own, absent = self._own_state_dict(dict(state_dict), prefix, errors)
+        named: list[str] = []
+        super()._load_from_state_dict(own, prefix, metadata, strict, named, unexpected, errors)
+        missing += [key for name in named for key in absent.get(name, [name])]
+
+    def _own_state_dict(self, state_dict: dict, prefix: str, errors: list[str]) -> tuple[dict, dict[str, list[str]]]:
+        """A checkpoint of ours or the public package's as ours, and the keys to report for each key it lacks.
+
+        May change ``state_dict``. What cannot be right, strict or not, is added to ``errors``.
+        """
+        raise NotImplementedError
+
+
+class FusedDAAM(_DensityAttention):
+    """One head of density adaptive attention: y = x * w, w the normalised product of Gaussians of x itself.
+
+    Drop-in for ``GaussianAdaptiveAttention`` of the public package, whose checkpoints ``load_state_dict`` takes.
+    Source: arXiv 2401.11143, Algorithm 2.
+
+    Args:
+        norm_axis: the axis that statistics and weights are taken along; may be negative.
+        num_heads: kept as an attribute and otherwise unused, as in the public package.
+        num_gaussians: number of Gaussians whose product is the density.
+        padding_value: elements equal to it are padding. None: no such value.
+        mean_offset_init: what the offsets start from.
+        eps: positive, added to the variance and the floor of the normalising sum.
+        padding_stats, normalize, backend: as in :func:`daam_kernels.density_attention`.
+
+    Parameters: ``mean_offsets`` and ``c``, both [1, num_gaussians].
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it got and what it takes.
+    """
+
+    def __init__(
+        self,
+        norm_axis: int,
+        num_heads: int,
+        num_gaussians: int,
+        padding_value: float | None = None,
+        mean_offset_init: float = 0,
+        eps: float = 1e-8,
+        *,
+        padding_stats: str = "zero",
+        normalize: str = "clamp",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_shape(norm_axis, num_heads, num_gaussians)
+        super().__init__(
+            1, norm_axis, num_heads, num_gaussians, padding_value, mean_offset_init, _check_eps(eps, 0),
+            padding_stats, normalize, backend, device, dtype,
+        )  # fmt: skip
+
+    def upstream_state_dict(self) -> dict[str, Tensor]:
+        """The parameters as the public package's single head loads them: copies, detached, [num_gaussians]."""
+        return {name: getattr(self, name).detach()[0].clone() for name in _PARAMETERS}
+
+    def _own_state_dict(self, state_dict, prefix, errors):
+        for key in (prefix + name for name in _PARAMETERS):
+            if isinstance(state_dict.get(key), Tensor) and state_dict[key].dim() == 1:
+                state_dict[key] = state_dict[key].unsqueeze(0)
+        return state_dict, {}
+
+
+class FusedMultiHeadDAAM(_DensityAttention):
+    """Density adaptive attention with many heads, each on its own chunk of ``norm_axis``, in one kernel.
+
+    Drop-in for ``MultiHeadGaussianAdaptiveAttention`` of the public package, whose checkpoints ``load_state_dict``
+    takes. Source: arXiv 2401.11143, Algorithm 3.
+
+    Args:
+        norm_axis: the axis that is cut into heads, the last one taking the remainder; may be negative.
+        num_heads: number of heads.
+        num_gaussians: number of Gaussians of each head.
+        padding_value: elements equal to it are padding. None: no such value.
+        eps: positive, added to the variance and the floor of the normalising sum. Or one for each head, which costs
+            one call per head.
+        padding_stats, normalize, backend: as in :func:`daam_kernels.density_attention`.
+
+    Parameters: ``mean_offsets`` and ``c``, both [num_heads, num_gaussians].
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it got and what it takes.
+    """
+
+    def __init__(
+        self,
+        norm_axis: int,
+        num_heads: int,
+        num_gaussians: int,
+        padding_value: float | None = None,
+        eps: float | Sequence[float] = 1e-8,
+        *,
+        padding_stats: str = "zero",
+        normalize: str = "clamp",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_shape(norm_axis, num_heads, num_gaussians)
+        super().__init__(
+            num_heads, norm_axis, num_heads, num_gaussians, padding_value, 0, eps,
+            padding_stats, normalize, backend, device, dtype,
+        )  # fmt: skip
+
+    def upstream_state_dict(self) -> dict[str, Tensor]:
+        """The parameters as the public package's multi-head loads them: copies, detached, [num_gaussians] each."""
+        return {
+            f"{_HEADS}{head}.{name}": getattr(self, name).detach()[head].clone()
+            for head in range(self.num_heads)
+            for name in _PARAMETERS
+        }
+
+    def _own_state_dict(self, state_dict, prefix, errors):
+        heads = _head_tensors(state_dict, prefix)
+        count = 1 + max((head for tensors in heads.values() for head in tensors), default=-1)
+        if count and count != self.num_heads:
+            errors.append(
+                f"the checkpoint has {count} attention heads at {prefix + _HEADS + '*'!r}, "
+                f"and this module has num_heads={self.num_heads}"
+            )
+        absent = {}
+        for name, tensors in heads.items():
+            keys = {head: f"{prefix}{_HEADS}{head}.{name}" for head in range(max(count, self.num_heads))}
+            taken = [state_dict.pop(keys[head]) for head in sorted(tensors)]
+            absent[prefix + name] = [keys[head] for head in range(self.num_heads) if head not in tensors]
+            if count != self.num_heads:
+                absent[prefix + name] = []  # said above, better
+            elif len({t.shape for t in taken}) > 1:
+                absent[prefix + name] = []
+                shapes = ", ".join(str(list(t.shape)) for t in taken)
+                errors.append(f"the heads of {prefix + _HEADS + '*.' + name!r} must have one shape, got {shapes}")
+            elif not absent[prefix + name]:
+                state_dict[prefix + name] = torch.stack(taken)
+        return state_dict, absent
+
+
+class FusedDensityBlock(nn.Module):
+    """Layers of multi-head density adaptive attention, each y = x + attention(x) in one kernel.
+
+    Drop-in for ``GaussianBlock`` of the public package, whose checkpoints ``load_state_dict`` takes.
+    Source: arXiv 2401.11143, Algorithm 4.
+
+    Args:
+        norm_axes, num_heads, num_gaussians: one for each layer, as in :class:`FusedMultiHeadDAAM`.
+        num_layers: number of layers.
+        padding_value: elements of a layer's input equal to it are padding. A layer doubles padding, so a value other
+            than 0 is lost after the first one, as in the public package; a ``mask`` stays.
+        eps: positive, of every layer.
+        padding_stats, normalize, backend: as in :func:`daam_kernels.density_attention`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it got and what it takes.
+    """
+
+    def __init__(
+        self,
+        norm_axes: Sequence[int],
+        num_heads: Sequence[int],
+        num_gaussians: Sequence[int],
+        num_layers: int,
+        padding_value: float | None = None,
+        eps: float = 1e-8,
+        *,
+        padding_stats: str = "zero",
+        normalize: str = "clamp",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_count("num_layers", num_layers, 0)
+        for name, values in (("norm_axes", norm_axes), ("num_heads", num_heads), ("num_gaussians", num_gaussians)):
+            if isinstance(values, str) or not isinstance(values, Sequence):
+                raise TypeError(f"{name} must be a list of num_layers={num_layers} ints, got {values!r}")
+            if len(values) != num_layers:
+                raise ValueError(f"{name} must have length num_layers={num_layers}, got {len(values)}: {values!r}")
+        keywords = dict(padding_stats=padding_stats, normalize=normalize, backend=backend, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(
+            FusedMultiHeadDAAM(axis, heads, gaussians, padding_value, _check_eps(eps, 0), **keywords)
+            for axis, heads, gaussians in zip(norm_axes, num_heads, num_gaussians)
+        )
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters of every layer anew."""
+        for layer in self.layers:
+            layer.reset_parameters()
+
+    def forward(
+        self, x: Tensor, return_attention_details: bool = False, *, mask: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """x + attention(x), layer after layer; or (y, {"layer_0": weights, ...}), the weights detached, of x's shape.
+
+        Args:
+            x: any shape; every layer's axis is cut into its heads.
+            mask: boolean, broadcastable to x, True where x is valid; the same for every layer.
+        """
+        details = {}
+        for index, layer in enumerate(self.layers):
+            if return_attention_details:
+                x, details[f"layer_{index}"] = layer(x, True, mask=mask, residual=True)
+            else:
+                x = layer(x, mask=mask, residual=True)
+        return (x, details) if return_attention_details else x
+
+    def upstream_state_dict(self) -> dict[str, Tensor]:
+        """The parameters as the public package's block loads them: copies, detached, [num_gaussians] each."""
+        return {
+            f"layers.{index}.{key}": value
+            for index, layer in enumerate(self.layers)
+            for key, value in layer.upstream_state_dict().items()
+        }
+
+
+def _head_tensors(state_dict: dict, prefix: str) -> dict[str, dict[int, Tensor]]:
+    """The public package's tensors of a multi-head by parameter name and head, where ours are not there as well."""
+    found: dict[str, dict[int, Tensor]] = {name: {} for name in _PARAMETERS if prefix + name not in state_dict}
+    for key, value in state_dict.items():
+        if key.startswith(prefix + _HEADS):
+            head, _, name = key[len(prefix + _HEADS) :].partition(".")
+            if name in found and head.isascii() and head.isdigit() and str(int(head)) == head:
+                found[name][int(head)] = value
+    return found if any(found.values()) else {}
+
+
+def _check_shape(norm_axis: int, num_heads: int, num_gaussians: int) -> None:
+    if isinstance(norm_axis, bool) or not isinstance(norm_axis, int):
+        raise ValueError(f"norm_axis must be an int, got {norm_axis!r}")
+    _check_count("num_heads", num_heads, 1)
+    _check_count("num_gaussians", num_gaussians, 1)
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+
+
+def _check_finite(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return value
+
+
+def _check_eps(eps: float | Sequence[float], heads: int) -> float | tuple[float, ...]:
+    """eps as a float, or as a tuple of one for each head where they differ; ``heads`` = 0 takes a number only."""
+    if heads and isinstance(eps, (tuple, list)):
+        if len(eps) != heads:
+            raise ValueError(f"eps must be a number, or one for each of num_heads={heads} heads, got {eps!r}")
+        each = tuple(_check_eps(e, 0) for e in eps)
+        return each if len(set(each)) > 1 else each[0]
+    if _check_finite("eps", eps) <= 0:
+        raise ValueError(f"eps must be positive, got {eps!r}")
+    return float(eps)
