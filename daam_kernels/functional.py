@@ -141,7 +141,7 @@ def _check_padding_value(padding_value: float | None) -> float | None:
 def _check_eps(eps: float, x: Tensor) -> float:
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
-    if not (eps > 0 and math.isfinite(eps)):
+    if not 0 < eps < math.inf:  # comparisons alone: torch.compile may hand over a symbol for a number
         raise ValueError(f"eps must be positive and finite, got {eps}")
     if x.dtype != torch.float64 and eps <= 2.0**-150:  # float32's smallest number is 2^-149, ties round to even
         raise ValueError(f"eps must not round to 0 in the arithmetic of x's type, {x.dtype}, got {eps}")

@@ -2,14 +2,15 @@
 
 Eager calls on plain tensors go through a context-style ``autograd.Function`` straight to the backend, because a
 registered operator costs several times a small kernel in Python. Everything that must see an operator (torch.compile,
-export, functorch, fake tensors, dispatch modes, tensor subclasses) gets the registered one. Both end in ``forward``
-and ``backward`` below, so both give the same bits.
+export, fake tensors, dispatch modes, tensor subclasses) gets the registered one. Both end in ``forward`` and
+``backward`` below, so both give the same bits. torch.func and forward-mode AD get the reference's ordinary operations.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import reference
 from ..backends import resolve
@@ -41,6 +42,11 @@ def apply(
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y, or (y, weights) with ``return_weights``; differentiable. The arguments are checked already."""
+    if _is_transformed():
+        resolve(backend, x)
+        return reference.density_attention(
+            x, mean_offsets, c, mask=mask, return_weights=return_weights, **options._asdict()
+        )
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or mean_offsets.requires_grad or c.requires_grad)
     if not _is_plain_eager(x, mean_offsets, c, mask):
         operator = torch.ops.daam_kernels.density_attention.default
@@ -201,8 +207,18 @@ torch.library.register_autograd(
 torch.library.register_autograd("daam_kernels::density_attention_backward", _refuse_second_gradient, lib=_library)
 
 
+def _is_transformed() -> bool:
+    """Inside torch.func (grad, vmap, jvp, ...) or forward-mode AD, which see no further than ordinary operations.
+
+    They refuse an autograd.Function, and take an operator's tangent to be zero.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _is_plain_eager(*tensors: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return False
     if torch._C._len_torch_dispatch_stack():
         return False
