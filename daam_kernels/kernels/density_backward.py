@@ -78,23 +78,20 @@ def from_mean(t0, u1_gap, u2_gap, peak):
 
 @triton.jit
 def input_gradient(
-    g, p, weights, gap, peak, rstd, t0, u1, u2, count, a, center, spread, valid,
-    PADDED: tl.constexpr, EXCLUDE: tl.constexpr, RESIDUAL: tl.constexpr,
+    g, weights, gap, peak, through_z, through_z_mean, rstd, t0, u2, count, a, center, spread, valid,
+    PADDED: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """dx of a tile: through x itself, through every z, and through the slice's mean and variance.
+    """dx of a tile: through x itself, through the slice's variance, through z and through the slice's mean.
 
-    The latter two are one linear function of the gap per slice.
+    The last two are -p z and its mean, times a / sqrt(var). They nearly cancel where most of a slice is one value, so
+    ``through_z`` comes without its mean where valid.
     """
-    members = tl.maximum(count, 2.0)
-    through_mean = a * rstd * u1 / members
-    through_var = (a * u2 + spread * (2.0 * LN_2) * rstd * rstd * t0) * rstd / (members - 1.0)
-    constant = through_mean + through_var * (peak + center * rstd)
-    direct = g * weights + constant[None, :] + through_var[None, :] * gap
-    if EXCLUDE:
-        direct = tl.where((count < 2.0)[None, :], g, direct)
+    through_var = (a * u2 + spread * (2.0 * LN_2) * rstd * rstd * t0) * rstd / (tl.maximum(count, 2.0) - 1.0)
+    dx = g * weights + through_var[None, :] * (gap + (peak + center * rstd)[None, :])
     if PADDED:
-        direct = tl.where(valid, direct, g)
-    dx = direct - p * (gap + peak[None, :]) * (a * rstd)[None, :]
+        dx = tl.where(valid, dx, g)
+        through_z = tl.where(valid, through_z, through_z + through_z_mean[None, :])
+    dx -= through_z * (a * rstd)[None, :]
     if RESIDUAL:
         dx += g
     return dx
@@ -176,8 +173,13 @@ def backward_resident(
     if CLAMP:
         t0 = tl.where(clamped, tl.sum(p, axis=0), 0.0)
     u1, u2 = from_mean(t0, u1_gap, u2_gap, peak)
+    members = tl.maximum(count, 2.0)
+    mean_pz = u1 / members
+    pz = p * (gap + peak[None, :]) - mean_pz[None, :]
+    if CLAMP:  # the mean that rounding left
+        pz -= (tl.sum(tl.where(domain, pz, 0.0), axis=0) / members)[None, :]
     dx = input_gradient(
-        g, p, weights, gap, peak, rstd, t0, u1, u2, count, a, center, spread, valid, PADDED, EXCLUDE, RESIDUAL
+        g, weights, gap, peak, pz, mean_pz, rstd, t0, u2, count, a, center, spread, valid, PADDED, RESIDUAL
     )
     at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)
@@ -349,6 +351,7 @@ def split_gradient(
     )
     if tl.program_id(1) == 0:
         save_partials(partials_ptr, head, tl.program_id(0) // num_heads, num_partials, t0, u1, u2, rstd, inside)
+    mean_pz = u1 / tl.maximum(count, 2.0)
 
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for tile in range(tiles):
@@ -368,8 +371,9 @@ def split_gradient(
         weights = finish_weights(density(gap, peak, domain, a), scale, valid, count, EXCLUDE)
         q = relative_gradient(g_valid, gap, x0, var * rstd, g0)
         p = slice_gradient(q, q_mean, g_valid, x, weights, domain, count, clamped, CLAMP, PADDED, EXCLUDE)
+        pz = p * (gap + peak[None, :]) - mean_pz[None, :]
         dx = input_gradient(
-            g, p, weights, gap, peak, rstd, t0, u1, u2, count, a, center, spread, valid, PADDED, EXCLUDE, RESIDUAL
+            g, weights, gap, peak, pz, mean_pz, rstd, t0, u2, count, a, center, spread, valid, PADDED, RESIDUAL
         )
         at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)
