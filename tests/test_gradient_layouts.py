@@ -119,7 +119,8 @@ def test_x_gradient_and_mask_all_strided(backend, layout):
     for mask_view in (mask, mask[:, :, :, :1], mask[:1].expand_as(mask)):
         options = dict(norm_axis=1, padding_value=7, mask=mask_view, padding_stats="exclude", residual=True)
         expected = truth(strided, *parameters, strided_grad, **options)
-        assert_contract(evaluate(backend, strided, *parameters, strided_grad, **options), expected, torch.float32, layout)
+        got = evaluate(backend, strided, *parameters, strided_grad, **options)
+        assert_contract(got, expected, torch.float32, layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -1,0 +1,164 @@
+"""Which backend serves a call: by name, by the environment variable, by itself."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import daam_kernels
+import pytest
+import torch
+from daam_kernels import backends, density_attention
+from support import BACKENDS, HAVE_GPU, assert_same_bits, device_of
+
+VARIABLE = "DAAM_KERNELS_BACKEND"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def call(backend="auto", device="cpu"):
+    x = torch.linspace(-1, 2, 12, device=device).view(2, 6)
+    return density_attention(x, torch.zeros(1, 2, device=device), torch.ones(1, 2, device=device), backend=backend)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The names of the backends that served, in order."""
+    names, resolve = [], backends.resolve
+
+    def recording(*arguments):
+        names.append(resolve(*arguments))
+        return names[-1]
+
+    monkeypatch.setattr("daam_kernels.ops.density_attention.resolve", recording)
+    return names
+
+
+def python(code, **variables):
+    environment = {name: value for name, value in os.environ.items() if name not in (VARIABLE, "TRITON_INTERPRET")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_every_backend_says_whether_it_works_and_why_not():
+    found = daam_kernels.available_backends()
+    assert list(found) == ["triton", "native", "reference"]
+    assert found["reference"] and found["reference"].available
+    for name, status in found.items():
+        assert isinstance(status.available, bool) and bool(status) == status.available
+        assert status.reason and "\n" not in status.reason, name
+    assert not found["native"] and "native" in found["native"].reason
+
+
+def test_without_the_interpreter_triton_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "CUDA" in daam_kernels.available_backends()["triton"].reason
+    with pytest.raises(RuntimeError, match=r"backend asks for 'triton', which cannot serve a tensor on cpu: .*CUDA"):
+        call("triton")
+    assert call("auto").isfinite().all()
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(backends, "_triton_installed", lambda: False)
+    status = daam_kernels.available_backends()["triton"]
+    assert not status and "not installed" in status.reason
+    with pytest.raises(RuntimeError, match="backend asks for 'triton', which cannot serve .*: triton is not installed"):
+        call("triton")
+    assert call("auto").isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_asked_for_by_name_serves(backend, served):
+    call(backend, device_of(backend))
+    assert served == [backend]
+
+
+def test_auto_on_the_cpu_is_the_reference(served):
+    """In the interpreter too: it is there for tests that ask for it."""
+    call("auto")
+    assert served == ["reference"]
+
+
+@pytest.mark.parametrize("name", [name for name, status in daam_kernels.available_backends().items() if not status])
+def test_an_unavailable_backend_raises_by_name(name):
+    reason = daam_kernels.available_backends()[name].reason
+    with pytest.raises(RuntimeError) as error:
+        call(name)
+    assert str(error.value) == f"backend asks for {name!r}, which cannot serve a tensor on cpu: {reason}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_environment_variable_overrides_auto(backend, served, monkeypatch):
+    monkeypatch.setenv(VARIABLE, f" {backend.upper()} ")
+    call("auto", device_of(backend))
+    assert served == [backend]
+
+
+def test_the_environment_variable_leaves_a_name_alone(served, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "native")
+    call("reference")
+    assert served == ["reference"]
+
+
+@pytest.mark.parametrize("value", ["", "auto", "AUTO"])
+def test_the_environment_variable_may_say_auto(value, served, monkeypatch):
+    monkeypatch.setenv(VARIABLE, value)
+    call("auto")
+    assert served == ["reference"]
+
+
+def test_a_bad_environment_variable(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "cuda")
+    message = f"the environment variable {VARIABLE} must be one of auto, triton, native, reference, got 'cuda'"
+    with pytest.raises(ValueError) as error:
+        call("auto")
+    assert str(error.value) == message
+
+
+def test_an_environment_variable_that_cannot_be_served(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "native")
+    message = f"the environment variable {VARIABLE} asks for 'native', which cannot serve"
+    with pytest.raises(RuntimeError, match=message):
+        call("auto")
+
+
+@pytest.mark.skipif(HAVE_GPU, reason="a tensor of a GPU is what Triton takes there")
+def test_backends_agree_with_themselves_by_name_and_by_variable(monkeypatch):
+    for backend in BACKENDS:
+        by_name = call(backend)
+        monkeypatch.setenv(VARIABLE, backend)
+        assert_same_bits(call("auto"), by_name)
+
+
+def test_importing_and_running_on_the_cpu_imports_no_triton():
+    code = """
+import sys, torch, daam_kernels
+from daam_kernels import density_attention
+assert "triton" not in sys.modules, "import"
+assert not torch.cuda.is_initialized()
+x = torch.randn(3, 8, requires_grad=True)
+c = torch.ones(2, 2, requires_grad=True)
+density_attention(x, torch.zeros(2, 2), c).sum().backward()
+daam_kernels.available_backends()
+assert "triton" not in sys.modules, "call"
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_works_where_triton_cannot_be_imported():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, daam_kernels
+assert not daam_kernels.available_backends()["triton"]
+daam_kernels.density_attention(torch.randn(3, 8), torch.zeros(2, 2), torch.ones(2, 2))
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
