@@ -30,7 +30,6 @@ from .density_math import (
     head_span,
     load_gaussians,
     load_statistics,
-    move_to_peak,
     normaliser,
     partial_offsets,
     pick_first,
@@ -119,6 +118,8 @@ def backward_resident(
 ):  # fmt: skip
     """Reads x and g, writes dx, and four sums per block. One sweep."""
     head = tl.program_id(0) % num_heads
+    offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
+    a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
     start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
     block = tl.program_id(0) // num_heads
     o, i, inside = slice_coordinates(block, outer, inner, COLUMNS, VEC, BLOCK_S)
@@ -129,8 +130,6 @@ def backward_resident(
     dx_base = slice_offsets(o, i, start, dx_stride_o, dx_stride_r, dx_stride_i, COLUMNS, VEC)
     x = tl.load(x_ptr + tile_offsets(x_base, r, x_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
     g = tl.load(g_ptr + tile_offsets(g_base, r, g_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
-    offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
-    a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
     valid = within
     g_valid = g
     if PADDED:
@@ -156,7 +155,7 @@ def backward_resident(
         z = standardise(shifted, mean, rstd, center)
         peak = find_peak(z, domain)
         gap = z - peak[None, :]
-        x0, _mean = move_to_peak(first, mean, var, rstd, center, peak)
+        x0 = first + (mean + center + peak * (var * rstd))
     if EXCLUDE:
         gap = tl.where(valid, gap, 0.0)
     densities = density(gap, peak, domain, a)
@@ -198,6 +197,8 @@ def split_sums(
 ):  # fmt: skip
     """Reads x and g; writes what ``merge_sums`` needs of each run: 10 numbers, [10, chunks, slices]."""
     head = tl.program_id(0) % num_heads
+    offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
+    a, center, _spread, _level = product_quadratic(offset, width, real, EPS, ACC)
     start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
     o, i, inside = slice_coordinates(tl.program_id(0) // num_heads, outer, inner, COLUMNS, VEC, BLOCK_S)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
@@ -206,8 +207,6 @@ def split_sums(
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
-    offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
-    a, center, _spread, _level = product_quadratic(offset, width, real, EPS, ACC)
     x0, mean, var = load_statistics(stats_ptr, number, slices, inside)
     rstd = reciprocal_sqrt(var)
     peak = -(mean + center) * rstd
@@ -332,6 +331,8 @@ def split_gradient(
 ):  # fmt: skip
     """Reads x and g, writes dx, and four sums per block of slices."""
     head = tl.program_id(0) % num_heads
+    offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
+    a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
     start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
     o, i, inside = slice_coordinates(tl.program_id(0) // num_heads, outer, inner, COLUMNS, VEC, BLOCK_S)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
@@ -340,8 +341,6 @@ def split_gradient(
     if PADDED:
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
-    offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
-    a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
     slices = num_slices.to(tl.int64)
     x0, mean, var = load_statistics(stats_ptr, number, slices, inside)
     rstd = reciprocal_sqrt(var)
@@ -409,8 +408,17 @@ def parameter_gradients(
     d_offset = (d_b - offset * sum_t0_var) * inverse
     d_width = -2.0 * (d_a + offset * d_b - 0.5 * offset * offset * sum_t0_var) * inverse / width - sum_t0 / width
     k = head.to(tl.int64) * num_gaussians + tl.arange(0, BLOCK_K)
-    tl.store(d_mean_offsets_ptr + k, d_offset.to(d_mean_offsets_ptr.dtype.element_ty), mask=real)
-    tl.store(d_c_ptr + k, d_width.to(d_c_ptr.dtype.element_ty), mask=real)
+    store_rounded(d_mean_offsets_ptr + k, d_offset, real)
+    store_rounded(d_c_ptr + k, d_width, real)
+
+
+@triton.jit
+def store_rounded(pointers, values, mask):
+    """Store float64 values in the pointers' type; to bfloat16 by way of float32, as every backend of Triton can."""
+    element_type: tl.constexpr = pointers.dtype.element_ty
+    if element_type == tl.bfloat16:
+        values = values.to(tl.float32)
+    tl.store(pointers, values.to(element_type), mask=mask)
 
 
 def density_backward(

@@ -26,7 +26,6 @@ from .density_math import (
     merge_counts,
     merge_normaliser,
     merge_statistics,
-    move_to_peak,
     normaliser,
     product_quadratic,
     reciprocal_sqrt,
@@ -38,6 +37,7 @@ from .density_math import (
     standardise,
     tile_offsets,
     tile_statistics,
+    value_at_peak,
     weighted_output,
 )
 from .host import SIZES, arithmetic_type, device_of, prepare, run
@@ -56,6 +56,8 @@ def forward_resident(
 ):  # fmt: skip
     """Reads x, writes y, the weights and 3 numbers per slice where asked for. One sweep."""
     head = tl.program_id(0) % num_heads
+    offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
+    a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
     start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
     o, i, inside = slice_coordinates(tl.program_id(0) // num_heads, outer, inner, COLUMNS, VEC, BLOCK_S)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
@@ -64,8 +66,6 @@ def forward_resident(
     within = (r < n)[:, None] & inside[None, :]
     x = tl.load(x_ptr + tile_offsets(x_base, r, x_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
 
-    offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
-    a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
     if PADDED:
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
         valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
@@ -82,8 +82,8 @@ def forward_resident(
     peak = find_peak(z, domain)
     if stats_ptr is not None:
         number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
-        x0, mean = move_to_peak(x0, mean, var, rstd, center, peak)
-        save_statistics(stats_ptr, x0, mean, var, number, num_slices, inside)
+        x_peak = value_at_peak(x, z, peak, domain, x0)
+        save_statistics(stats_ptr, x_peak, mean - (x_peak - x0), var, number, num_slices, inside)
     weights = density(z - peak[None, :], peak, domain, a)
     scale, _ = normaliser(peak, tl.sum(weights, axis=0), rstd, a, spread, level, CLAMP)
     weights = finish_weights(weights, scale, valid, count, EXCLUDE)
@@ -155,8 +155,10 @@ def split_normaliser(
     EPS: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Reads x; writes the merged statistics, and (peak, sum of densities over the one there) of each run."""
+    """Reads x; writes the merged statistics, and (peak, x there, sum of densities over that one's) of each run."""
     head = tl.program_id(0) % num_heads
+    offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
+    a, center, _spread, _level = product_quadratic(offset, width, real, EPS, ACC)
     start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
     o, i, inside = slice_coordinates(tl.program_id(0) // num_heads, outer, inner, COLUMNS, VEC, BLOCK_S)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
@@ -164,14 +166,13 @@ def split_normaliser(
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
-    offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
-    a, center, _spread, _level = product_quadratic(offset, width, real, EPS, ACC)
     x0, mean, var = merge_statistics(moments_ptr, number, slices, num_chunks, inside, EPS, BLOCK_C)
     rstd = reciprocal_sqrt(var)
     if tl.program_id(1) == 0:
         save_statistics(merged_ptr, x0, mean, var, number, slices, inside)
 
     peak = tl.zeros([BLOCK_S], ACC)
+    x_peak = x0
     total = tl.zeros([BLOCK_S], ACC)
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for t in range(tiles):
@@ -187,11 +188,13 @@ def split_normaliser(
         present = tl.max(domain.to(tl.int32), axis=0) > 0
         nearer = present & ((total == 0.0) | (tl.abs(found) < tl.abs(before)))
         peak = tl.where(nearer, found, before)
+        x_peak = tl.where(nearer, value_at_peak(x, z, found, domain, x0), x_peak)
         kept = tl.where(total == 0.0, 0.0, total * rescale(before, peak, a))
         total = kept + tl.sum(density(z - peak[None, :], peak, domain, a), axis=0)
     at = partials_ptr + number + tl.program_id(1) * slices
     tl.store(at, peak, mask=inside)
-    tl.store(at + slices * num_chunks, total, mask=inside)
+    tl.store(at + slices * num_chunks, x_peak, mask=inside)
+    tl.store(at + 2 * slices * num_chunks, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -207,6 +210,8 @@ def split_output(
 ):  # fmt: skip
     """Reads x, writes y, the weights and 3 numbers per slice where asked for."""
     head = tl.program_id(0) % num_heads
+    offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
+    a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
     start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
     o, i, inside = slice_coordinates(tl.program_id(0) // num_heads, outer, inner, COLUMNS, VEC, BLOCK_S)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
@@ -215,19 +220,16 @@ def split_output(
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
-    offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
-    a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
     x0, mean, var = load_statistics(merged_ptr, number, slices, inside)
     rstd = reciprocal_sqrt(var)
     count = tl.zeros_like(x0)
     if EXCLUDE:
         count = merge_counts(moments_ptr, number, slices, num_chunks, inside, BLOCK_C)
-    peak, total = merge_normaliser(partials_ptr, number, slices, num_chunks, inside, a, BLOCK_C)
+    peak, x_peak, total = merge_normaliser(partials_ptr, number, slices, num_chunks, inside, a, BLOCK_C)
     scale, _ = normaliser(peak, total, rstd, a, spread, level, CLAMP)
     if stats_ptr is not None:
         if tl.program_id(1) == 0:
-            x_peak, mean_peak = move_to_peak(x0, mean, var, rstd, center, peak)
-            save_statistics(stats_ptr, x_peak, mean_peak, var, number, slices, inside)
+            save_statistics(stats_ptr, x_peak, mean - (x_peak - x0), var, number, slices, inside)
 
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for t in range(tiles):
@@ -269,8 +271,8 @@ def density_forward(
         if not launch.tile.num_chunks:
             run(forward_resident, launch, pointers)
             return
-        fields = x.new_empty((6, launch.tile.num_chunks, launch.num_slices), dtype=arithmetic_type(x))
-        moments, partials = fields.split((4, 2))
+        fields = x.new_empty((7, launch.tile.num_chunks, launch.num_slices), dtype=arithmetic_type(x))
+        moments, partials = fields.split((4, 3))
         merged = fields.new_empty((3, launch.num_slices))
         run(split_statistics, launch, dict(pointers, partials_ptr=moments))
         pointers.update(moments_ptr=moments, merged_ptr=merged, partials_ptr=partials)

@@ -182,13 +182,17 @@ def find_peak(z, domain):
 @triton.jit
 def density(gap, peak, domain, a):
     """The slice's densities over its largest one; gap = z - peak, so that what all z have in common cancels."""
-    return tl.where(domain, tl.exp2(gap * (gap + 2.0 * peak[None, :]) * (a * (-0.5 * LOG2_E))), 0.0)
+    fall = gap * (gap + 2.0 * peak[None, :])
+    fall = tl.where(fall < 0.0, 0.0, fall)  # rounding may hide which of two elements is nearer; a NaN stays one
+    return tl.where(domain, tl.exp2(fall * (a * (-0.5 * LOG2_E))), 0.0)
 
 
 @triton.jit
 def rescale(before, after, a):
-    """What densities over the one at z = ``before`` are multiplied with to be over the one at ``after``."""
-    return tl.exp2((before - after) * (before + after) * (a * (-0.5 * LOG2_E)))
+    """What densities over the one at z = ``before`` are multiplied with to be over the one at ``after``, nearer to 0."""
+    fall = (before - after) * (before + after)
+    fall = tl.where(fall < 0.0, 0.0, fall)
+    return tl.exp2(fall * (a * (-0.5 * LOG2_E)))
 
 
 @triton.jit
@@ -242,10 +246,10 @@ def load_statistics(stats_ptr, number, num_slices, inside):
 
 
 @triton.jit
-def move_to_peak(x0, mean, var, rstd, center, peak):
-    """(x0, mean - x0) with the element of the largest density as x0."""
-    step = mean + center + peak * (var * rstd)
-    return x0 + step, mean - step
+def value_at_peak(x, z, peak, domain, x0):
+    """x where z is at its peak, exactly: a later gap from it is 0 there. x0 for columns without a domain."""
+    found = tl.max(tl.where(domain & (z == peak[None, :]), x, -FAR), axis=0)
+    return tl.where(found > -FAR, found, x0)
 
 
 @triton.jit
@@ -290,10 +294,13 @@ def merge_statistics(partials_ptr, number, num_slices, num_chunks, inside, EPS: 
 
 @triton.jit
 def merge_normaliser(partials_ptr, number, num_slices, num_chunks, inside, a, BLOCK_C: tl.constexpr):
-    """(peak, sum of densities over the one there) of whole slices from those of their runs."""
+    """(peak, x there, sum of densities over the one there) of whole slices from those of their runs."""
     at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
+    field = num_slices * num_chunks
     peaks = tl.load(partials_ptr + at, mask=there, other=0.0)
-    totals = tl.load(partials_ptr + num_slices * num_chunks + at, mask=there, other=0.0)
+    x_peaks = tl.load(partials_ptr + field + at, mask=there, other=0.0)
+    totals = tl.load(partials_ptr + 2 * field + at, mask=there, other=0.0)
     present = totals != 0.0
     peak = find_peak(peaks, present)
-    return peak, tl.sum(tl.where(present, totals * rescale(peaks, peak[None, :], a), 0.0), axis=0)
+    x_peak = pick_first(x_peaks, present & (peaks == peak[None, :]), BLOCK_C)
+    return peak, x_peak, tl.sum(tl.where(present, totals * rescale(peaks, peak[None, :], a), 0.0), axis=0)

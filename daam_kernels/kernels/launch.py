@@ -12,17 +12,29 @@ from functools import lru_cache
 from math import gcd, prod
 from typing import Any
 
-# Elements of x in a tile, by direction and by whether slices are columns: what the warps hold in registers beside
-# everything computed from them. A thread also holds some twenty numbers for each slice it has a part of, and in
-# columns it has a part of as many slices as it loads elements at once.
-_TILES = {"forward": {False: 16384, True: 8192}, "backward": {False: 8192, True: 4096}}
-_WARPS = {False: 16, True: 8}
-_SPLIT_TILE, _SPLIT_WARPS = 2048, 8
-_USUAL_TILE = 2048
+
+@dataclass(frozen=True)
+class Budget:
+    """What a program may hold: elements of x in a tile for float32 arithmetic, a quarter of them for float64.
+
+    A thread also holds some twenty numbers for each slice that it has a part of, and in columns it has a part of as
+    many slices as it loads elements at once, so columns get smaller tiles and fewer warps.
+    """
+
+    forward_rows: int = 16384
+    forward_columns: int = 8192
+    backward_rows: int = 8192
+    backward_columns: int = 4096
+    split: int = 2048
+    usual: int = 2048  # where slices are short: that many elements' worth of them
+    merged: int = 2048  # partial results that a program merges at once
+
+
+BUDGET = Budget()
+_WARPS_ROWS, _WARPS_COLUMNS = 16, 8
 _THREAD_ELEMENTS = 8
 _WIDE_ROW, _NARROW_ROW = 256, 64  # bytes of neighbouring slices in a row of a tile, at best and at least
-_PROGRAMS = 528  # four for each of an H200's 132 processors
-_MERGED = 2048  # partial results that a program merges at once
+_PROGRAMS = 528  # that long slices are split for: four for each of an H200's 132 processors
 _REDUCTION = 4096  # partial sums of the parameter gradients that are added at a time
 
 
@@ -108,7 +120,7 @@ def density_launch(
     """The launch of one direction. ``names`` are those of the tensors whose strides ``view`` has, in its order;
     ``itemsize`` is x's, in bytes; ``flags`` are passed on to the kernels as they are.
     """
-    tile = density_tile(view, num_heads, itemsize, backward)
+    tile = density_tile(view, num_heads, itemsize, backward, flags["PADDED"])
     chunk, vec = view.length // num_heads, tile.vec
     values = {
         "outer": view.outer,
@@ -145,8 +157,8 @@ def _merge(shape: tuple[int, ...], strides: tuple[int, ...], dims: list[int]) ->
     return strides[dims[-1]] if dims else 0
 
 
-def density_tile(view: SliceView, num_heads: int, itemsize: int, backward: bool) -> Tile:
-    """The tile of one direction."""
+def density_tile(view: SliceView, num_heads: int, itemsize: int, backward: bool, padded: bool = False) -> Tile:
+    """The tile of one direction; ``padded`` where elements can be padding, which costs registers."""
     chunk = view.length // num_heads
     longest = view.length - (num_heads - 1) * chunk
     unit_r = all(s[1] == 1 for s in view.strides)
@@ -155,32 +167,39 @@ def density_tile(view: SliceView, num_heads: int, itemsize: int, backward: bool)
     vec = _vector(view, chunk, columns, unit_r, itemsize)
     slices = view.inner if columns else view.outer * view.inner
 
-    direction, scale = "backward" if backward else "forward", max(itemsize, 4) // 4
-    largest, most_warps = _TILES[direction][columns] // scale**2, _WARPS[columns]
+    scale = max(itemsize, 4) // 4
     block_r, available = _power_of_two(longest), _power_of_two(slices)
-    narrow, wide = (min(available, max(1, bytes // itemsize)) for bytes in (_NARROW_ROW, _WIDE_ROW))
-    split = block_r * (narrow if columns else 1) > largest
+    narrow, wide = (min(available, row // itemsize) if columns else 1 for row in (_NARROW_ROW, _WIDE_ROW))
+    largest, usual, merged = (n // scale**2 for n in (_largest(backward, columns), BUDGET.usual, BUDGET.merged))
+    if padded and columns:
+        largest, narrow = largest // 2, max(1, narrow // 2)
+    split = block_r * narrow > largest
     if split:
-        block_s, most_warps = (wide if columns else 1), _SPLIT_WARPS
-        merged = _MERGED // scale**2
+        block_s = wide
         while block_s > narrow and view.outer * -(-slices // block_s) * num_heads * (merged // block_s) < _PROGRAMS:
             block_s //= 2
-        block_r = max(1, _SPLIT_TILE // scale**2 // block_s)
+        block_r = max(1, BUDGET.split // scale**2 // block_s)
     elif columns:
-        block_s = max(narrow, min(wide, largest // block_r))
-        block_s = max(block_s, min(available, _USUAL_TILE // scale // block_r))
+        block_s = max(narrow, min(wide, largest // block_r), min(available, usual // block_r))
     else:
-        block_s = min(available, max(1, _USUAL_TILE // scale // block_r))
+        block_s = max(1, min(available, usual // block_r))
+    most_warps = _WARPS_COLUMNS if columns or split else _WARPS_ROWS
     num_warps = min(most_warps, max(1, block_r * block_s * scale // (32 * _THREAD_ELEMENTS)))
 
     num_blocks = view.outer * -(-view.inner // block_s) if columns else -(-slices // block_s)
     num_chunks, tiles = 0, 1
     if split:
         row_tiles = -(-longest // block_r)
-        most = min(row_tiles, merged // block_s)
+        most = min(row_tiles, max(1, merged // block_s))
         tiles = -(-row_tiles // min(most, -(-_PROGRAMS // (num_blocks * num_heads))))
         num_chunks = -(-row_tiles // tiles)
     return Tile(columns, block_r, block_s, vec, num_warps, num_blocks, tiles, num_chunks)
+
+
+def _largest(backward: bool, columns: bool) -> int:
+    if backward:
+        return BUDGET.backward_columns if columns else BUDGET.backward_rows
+    return BUDGET.forward_columns if columns else BUDGET.forward_rows
 
 
 def _vector(view: SliceView, chunk: int, columns: bool, unit_r: bool, itemsize: int) -> int:
