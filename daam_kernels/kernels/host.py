@@ -33,19 +33,20 @@ def prepare(
 ) -> tuple[Launch, tuple[Tensor, ...], Tensor | None]:
     """The launch for ``out``, dense and of x's shape, and the tensors x, *others and mask to launch it with.
 
-    ``names`` are what the kernels call out, x and the others; with others it is a backward pass. A tensor is copied
-    only where it has no [outer, R, inner] strides in out's order of axes.
+    ``names`` are what the kernels call out, x and the others. A tensor is copied only where it has no
+    [outer, R, inner] strides.
     """
-    tensors = tuple(_viewable(t, options.norm_axis, out) for t in (x, *others))
-    mask_strides = None
+    tensors, layouts = [], [out.stride()]
     if mask is not None:
-        mask = _viewable(mask.expand(x.shape), options.norm_axis, out)
-        mask_strides = mask.stride()
-    launch = _launch(
-        x.shape, x.dtype, out.stride(), tuple(t.stride() for t in tensors), mask_strides, names,
-        mean_offsets.shape, options,
-    )  # fmt: skip
-    return launch, tensors, None if mask is None else mask.view(torch.uint8)
+        others = (*others, mask.expand(x.shape))
+    for t in (x, *others):
+        if slice_view(x.shape, options.norm_axis, *layouts, t.stride()) is None:
+            t = torch.empty_like(out, dtype=t.dtype).copy_(t)
+        tensors.append(t)
+        layouts.append(t.stride())
+    mask = None if mask is None else tensors.pop().view(torch.uint8)
+    launch = _launch(x.shape, x.dtype, tuple(layouts), names, mask is not None, mean_offsets.shape, options)
+    return launch, tuple(tensors), mask
 
 
 def run(kernel: Any, launch: Launch, pointers: dict[str, Tensor | None], grid: tuple[int, ...] = ()) -> None:
@@ -60,35 +61,25 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _viewable(t: Tensor, axis: int, out: Tensor) -> Tensor:
-    if slice_view(out.shape, axis, out.stride(), t.stride()) is not None:
-        return t
-    return torch.empty_like(out, dtype=t.dtype).copy_(t)
-
-
 @lru_cache(maxsize=4096)
 def _launch(
     shape: torch.Size,
     dtype: torch.dtype,
-    dense: tuple[int, ...],
-    strides: tuple[tuple[int, ...], ...],
-    mask_strides: tuple[int, ...] | None,
+    layouts: tuple[tuple[int, ...], ...],
     names: tuple[str, ...],
+    has_mask: bool,
     parameters: torch.Size,
     options: DensityOptions,
 ) -> Launch:
-    view = slice_view(shape, options.norm_axis, dense, *strides)
-    mask_view = (0, 0, 0)
-    if mask_strides is not None:
-        mask_view = slice_view(shape, options.norm_axis, dense, mask_strides).strides[1]
+    view = slice_view(shape, options.norm_axis, *layouts)
     padding = None
     if options.padding_value is not None:
         padding = torch.tensor(options.padding_value, dtype=dtype).item()
         padding = None if padding != padding else padding  # nothing equals a NaN
-    padded = padding is not None or mask_strides is not None
+    padded = padding is not None or has_mask
     flags = {
         "PADDING": padding,
-        "HAS_MASK": mask_strides is not None,
+        "HAS_MASK": has_mask,
         "PADDED": padded,
         "EXCLUDE": padded and options.padding_stats == "exclude",
         "CLAMP": options.normalize == "clamp",
@@ -96,4 +87,4 @@ def _launch(
         "EPS": options.eps,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
     }
-    return density_launch(view, names, mask_view, *parameters, dtype.itemsize, len(names) > 2, flags)
+    return density_launch(view, names, *parameters, dtype.itemsize, flags)

@@ -7,10 +7,12 @@ it (``columns``); otherwise they are counted through outer and inner together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import gcd, prod
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Budget:
 
 
 BUDGET = Budget()
+LIMIT_REGISTERS = torch.version.hip is None  # told that all may be used, ptxas does not spill to use fewer
 _WARPS_ROWS, _WARPS_COLUMNS = 16, 8
 _THREAD_ELEMENTS = 8
 _WIDE_ROW, _NARROW_ROW = 256, 64  # bytes of neighbouring slices in a row of a tile, at best and at least
@@ -83,6 +86,8 @@ class Launch:
         if chosen is None:
             chosen = {name: self.values[name] for name in kernel.arg_names if name in self.values}
             chosen.update(num_warps=self.tile.num_warps, num_stages=1, enable_fp_fusion=True)
+            if LIMIT_REGISTERS:
+                chosen["maxnreg"] = min(255, 65536 // (32 * self.tile.num_warps))
             self._chosen[kernel] = chosen
         return chosen
 
@@ -92,35 +97,31 @@ def slice_view(shape: tuple[int, ...], axis: int, dense: tuple[int, ...], *other
     """[outer, R, inner] of a dense layout, and the strides that the other layouts have in it.
 
     ``dense`` holds the strides of a dense tensor of ``shape``, whose order of memory decides which axes are outer and
-    which inner. None where another layout has no such strides: its tensor must be copied first.
+    which inner: those before and after ``axis``, or, where another layout has no strides for that, any split of them.
+    None where there is no such split: then a tensor must be copied first.
     """
-    order = sorted((d for d in range(len(shape)) if shape[d] > 1 or d == axis), key=lambda d: -dense[d])
-    place = order.index(axis)
-    outer, inner = order[:place], order[place + 1 :]
-    strides = []
-    for layout in (dense, *others):
-        merged = _merge(shape, layout, outer), _merge(shape, layout, inner)
-        if None in merged:
-            return None
-        strides.append((merged[0], layout[axis], merged[1]))
-    sizes = prod(shape[d] for d in outer), shape[axis], prod(shape[d] for d in inner)
-    return SliceView(*sizes, tuple(strides))
+    order = sorted((d for d in range(len(shape)) if shape[d] > 1 and d != axis), key=lambda d: -dense[d])
+    usual = sum(dense[d] > dense[axis] for d in order)
+    for split in sorted(range(len(order) + 1), key=lambda split: abs(split - usual)):
+        outer, inner = order[:split], order[split:]
+        merged = [(_merge(shape, layout, outer), _merge(shape, layout, inner)) for layout in (dense, *others)]
+        if all(None not in pair for pair in merged):
+            strides = tuple((o, layout[axis], i) for (o, i), layout in zip(merged, (dense, *others)))
+            return SliceView(prod(shape[d] for d in outer), shape[axis], prod(shape[d] for d in inner), strides)
+    return None
 
 
 def density_launch(
-    view: SliceView,
-    names: tuple[str, ...],
-    mask_strides: tuple[int, int, int],
-    num_heads: int,
-    num_gaussians: int,
-    itemsize: int,
-    backward: bool,
-    flags: dict[str, Any],
+    view: SliceView, names: tuple[str, ...], num_heads: int, num_gaussians: int, itemsize: int, flags: dict[str, Any]
 ) -> Launch:
-    """The launch of one direction. ``names`` are those of the tensors whose strides ``view`` has, in its order;
+    """The launch of one direction: backward where ``names`` has a g.
+
+    ``names`` are those of the tensors whose strides ``view`` has, in its order; a mask's strides may follow them.
     ``itemsize`` is x's, in bytes; ``flags`` are passed on to the kernels as they are.
     """
-    tile = density_tile(view, num_heads, itemsize, backward, flags["PADDED"])
+    mask_strides = view.strides[len(names)] if len(view.strides) > len(names) else (0, 0, 0)
+    view = replace(view, strides=view.strides[: len(names)])
+    tile = density_tile(view, num_heads, itemsize, "g" in names, flags["PADDED"])
     chunk, vec = view.length // num_heads, tile.vec
     values = {
         "outer": view.outer,

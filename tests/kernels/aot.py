@@ -11,52 +11,83 @@ import os
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-import itertools
+import argparse
+import json
+import multiprocessing
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
 import types
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of forward and backward. ``vectors``: every access of x, y and dx should be 16 bytes wide."""
+    """One call of forward and backward. ``aligned``: every access of x, y, g and dx can be 16 bytes wide."""
 
-    name: str
     shape: tuple[int, ...]
     axis: int
     heads: int
-    vectors: bool = True
     gaussians: int = 4
-    options: dict = field(default_factory=dict)
+    aligned: bool = True
     mask: bool = False
     weights: bool = False
+    options: dict = field(default_factory=dict)
 
 
-CASES = (
-    Case("rows", (64, 2048), 1, 8),
-    Case("rows_1000", (64, 4000), 1, 4, gaussians=5),
-    Case("rows_odd", (64, 333), 1, 3, vectors=False),
-    Case("rows_16k", (4, 16384), 1, 1),
-    Case("columns", (4, 2048, 512), 1, 8, gaussians=64),
-    Case("columns_short", (8, 24, 1024), 1, 8, weights=True),
-    Case("columns_odd", (8, 41, 333), 1, 4, vectors=False),
-    Case("padded", (16, 2048), 1, 8, options={"padding_value": 0.0}),
-    Case("masked", (4, 512, 512), 1, 4, mask=True, options={"padding_stats": "exclude"}, vectors=False),
-    Case("softmax_residual", (16, 2048), 1, 2, options={"normalize": "softmax", "residual": True}),
-    Case("split_rows", (1, 1 << 20), 1, 1, weights=True),
-    Case("split_columns", (2, 16384, 64), 1, 1),
-    Case("split_thin", (4, 65536, 8), 1, 1),
-    Case("split_masked", (1, 1 << 18), 1, 2, mask=True, options={"padding_stats": "exclude", "padding_value": 1.0}, vectors=False),
-)
+# Every kernel, along rows and in columns: compiled for every type and target.
+CORE = {
+    "rows": Case((64, 2048), 1, 8),
+    "columns": Case((4, 2048, 512), 1, 8, gaussians=64),
+    "split rows": Case((1, 1 << 20), 1, 1, weights=True),
+    "split columns": Case((2, 16384, 64), 1, 1),
+}
+# What else changes the code: compiled for float32 and bfloat16 on sm_90.
+MORE = {
+    "rows of 1000": Case((64, 4000), 1, 4, gaussians=5),
+    "odd rows": Case((64, 333), 1, 3, aligned=False),
+    "long rows": Case((4, 16384), 1, 1),
+    "short columns": Case((8, 24, 1024), 1, 8, weights=True),
+    "odd columns": Case((8, 41, 333), 1, 4, aligned=False),
+    "thin columns": Case((4, 65536, 8), 1, 1),
+    "padded": Case((16, 2048), 1, 8, options={"padding_value": 0.0}),
+    "masked": Case((4, 512, 512), 1, 4, mask=True, options={"padding_stats": "exclude"}),
+    "split and masked": Case((1, 1 << 18), 1, 2, mask=True, options={"padding_stats": "exclude", "padding_value": 1.0}),
+    "softmax and residual": Case((16, 2048), 1, 2, options={"normalize": "softmax", "residual": True}),
+}
+CASES = {**CORE, **MORE}
+JOBS = [(name, dtype, target) for name in CORE for dtype in DTYPES for target in TARGETS]
+JOBS += [(name, dtype, "sm_90") for name in MORE for dtype in ("fp32", "bf16")]
+
+READERS = {"split_statistics", "split_normaliser", "split_sums"}
+WRITERS = {"forward_resident", "split_output", "backward_resident", "split_gradient"}
+
+
+def faults(name: str, target: str, kernel: dict) -> list[str]:
+    """What a compiled kernel must not be: spilling, or on NVIDIA's GPUs narrow where its tensors are aligned."""
+    found = []
+    if kernel["spills"]:
+        found.append(f"{kernel['spills']} spills")
+    if target.startswith("gfx"):  # its compiler gives fewer elements to a thread
+        return found
+    if CASES[name].aligned and kernel["name"] in READERS | WRITERS and not kernel["wide_loads"]:
+        found.append("no 16-byte loads")
+    if CASES[name].aligned and kernel["name"] in WRITERS and not kernel["wide_stores"]:
+        found.append("no 16-byte stores")
+    return found
 
 
 class RecordingDriver:
@@ -103,16 +134,19 @@ class RecordingDriver:
         driver._active = self._previous
 
 
-def compile_case(case: Case, dtype: str, target: str) -> list[dict]:
+def compile_case(name: str, dtype: str, target: str) -> list[dict]:
     """Statistics of every kernel that a forward and backward pass of the case launches on the target."""
     from triton.runtime.jit import JITFunction
 
     from daam_kernels import options
-    from daam_kernels.kernels import density_backward, density_forward
+    from daam_kernels.kernels import density_backward, density_forward, host, launch
 
     jitted = [f for m in (density_forward, density_backward) for f in vars(m).values() if isinstance(f, JITFunction)]
     for function in jitted:
         function.device_caches.clear()
+    launch.LIMIT_REGISTERS = TARGETS[target][0] == "cuda"
+    host._launch.cache_clear()
+    case = CASES[name]
     x = torch.empty(case.shape, dtype=DTYPES[dtype])
     parameters = torch.ones(case.heads, case.gaussians), torch.ones(case.heads, case.gaussians)
     mask = torch.ones(case.shape, dtype=torch.bool) if case.mask else None
@@ -163,3 +197,45 @@ def _disassemble(kernel, tool: str, *arguments: str) -> str:
         path = pathlib.Path(folder) / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])
         return subprocess.run([binaries / tool, *arguments, path], capture_output=True, text=True, check=True).stdout
+
+
+def _quiet_exit_of_workers() -> None:
+    """Compiled kernels unload themselves through the driver at exit, which needs one to be there."""
+    from triton.runtime.driver import driver
+
+    driver.set_active(RecordingDriver(TARGETS["sm_90"]))
+
+
+def compile_all(jobs: list[tuple[str, str, str]], workers: int) -> dict[tuple[str, str, str], list[dict]]:
+    """The statistics of the kernels of every job, (case, type, target)."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_exit_of_workers) as pool:
+        return dict(zip(jobs, pool.map(compile_case, *zip(*jobs)), strict=True))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--types", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--json", type=pathlib.Path, help="write the statistics of every kernel to this file")
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    import triton
+
+    jobs = [job for job in JOBS if job[1] in arguments.types]
+    compiled = compile_all(jobs, arguments.workers)
+    bad = 0
+    for (name, dtype, target), kernels in compiled.items():
+        for kernel in kernels:
+            for fault in faults(name, target, kernel):
+                bad += 1
+                print(f"{name}, {dtype}, {target}: {kernel['name']}: {fault}, {kernel['registers']} registers")
+    if arguments.json:
+        rows = [dict(case=c, dtype=d, target=t, **k) for (c, d, t), kernels in compiled.items() for k in kernels]
+        arguments.json.write_text(json.dumps(rows, indent=1))
+    count = sum(map(len, compiled.values()))
+    print(f"triton {triton.__version__}: {count} kernels compiled in {len(jobs)} jobs, {bad} faults")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Every kernel compiles ahead of time: no spills, 16-byte accesses. See aot.py, which CI runs for other tritons too."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import aot  # noqa: E402
+
+sys.path.remove(str(HERE))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The statistics of every kernel by (case, type, target), from a process without the interpreter."""
+    file = tmp_path_factory.mktemp("aot") / "kernels.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, HERE / "aot.py", "--json", file], capture_output=True, text=True, env=environment
+    )
+    assert file.exists(), result.stdout + result.stderr
+    kernels = {}
+    for row in json.loads(file.read_text()):
+        kernels.setdefault((row["case"], row["dtype"], row["target"]), []).append(row)
+    return kernels
+
+
+@pytest.mark.parametrize("name, dtype, target", aot.JOBS)
+def test_kernels_compile_without_faults(compiled, name, dtype, target):
+    kernels = compiled[name, dtype, target]
+    launched = [kernel["name"] for kernel in kernels]
+    if "split" in name or name == "thin columns":
+        assert launched[:3] == ["split_statistics", "split_normaliser", "split_output"]
+        assert launched[3:] == ["split_sums", "split_gradient", "parameter_gradients"]
+    else:
+        assert launched[0] == "forward_resident" and launched[-1] == "parameter_gradients" and len(launched) <= 4
+    for kernel in kernels:
+        assert not aot.faults(name, target, kernel), kernel
+
+
+def test_a_fault_is_seen():
+    fine = dict(name="forward_resident", spills=0, wide_loads=1, wide_stores=1, registers=40)
+    assert aot.faults("rows", "sm_90", fine) == []
+    assert aot.faults("rows", "sm_90", {**fine, "spills": 3}) == ["3 spills"]
+    assert aot.faults("rows", "sm_90", {**fine, "wide_loads": 0, "wide_stores": 0}) == [
+        "no 16-byte loads", "no 16-byte stores"
+    ]  # fmt: skip
+    assert aot.faults("odd rows", "sm_90", {**fine, "wide_loads": 0, "wide_stores": 0}) == []

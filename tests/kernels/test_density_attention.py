@@ -1,0 +1,191 @@
+"""The kernels themselves, in Triton's interpreter or on a GPU: long slices, launches, copies, 64-bit offsets."""
+
+import itertools
+
+import daam_kernels
+import pytest
+import torch
+from support import DTYPES, assert_contract, assert_same_bits, device_of, evaluate, gaussians, generator, truth
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if not daam_kernels.available_backends()["triton"]:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from daam_kernels.kernels import density_backward, density_forward, host, launch
+
+DEVICE = device_of("triton")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that short slices are split over blocks, each with several tiles."""
+    monkeypatch.setattr(launch, "BUDGET", launch.Budget(64, 64, 64, 64, split=64, usual=64, merged=64))
+    monkeypatch.setattr(launch, "_PROGRAMS", 2)
+    host._launch.cache_clear()
+    yield
+    host._launch.cache_clear()
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels launched so far."""
+    names = []
+    for module in (density_forward, density_backward):
+
+        def run(kernel, *args, original=module.run, **kwargs):
+            names.append(kernel.fn.__name__)
+            original(kernel, *args, **kwargs)
+
+        monkeypatch.setattr(module, "run", run)
+    return names
+
+
+class OnlyAllocations(TorchDispatchMode):
+    """Fails on every operator that would launch a kernel or move data."""
+
+    allowed = {"empty", "empty_like", "new_empty", "detach", "view", "alias", "split_with_sizes", "expand", "ones_like"}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket.__name__ in self.allowed, f"{function} inside the operator"
+        return function(*args, **(kwargs or {}))
+
+
+def inputs(shape, heads, dtype, *, gaussian_count=3, seed=0, mean=0.0):
+    rng = generator(seed)
+    x = (mean + torch.randn(shape, generator=rng, dtype=torch.float64)).to(DEVICE, dtype)
+    grad = torch.randn(shape, generator=rng, dtype=torch.float64).to(DEVICE, dtype)
+    parameters = gaussians(heads, gaussian_count, rng, offsets=0.05, dtype=torch.float64, device=DEVICE)
+    return x, grad, parameters
+
+
+def check(x, grad, parameters, **options):
+    got = evaluate("triton", x, *parameters, grad, **options)
+    assert_contract(got, truth(x, *parameters, grad, **options), x.dtype, str(options))
+
+
+LONG = {"rows": ((2, 331), 1), "columns": ((331, 36), 0), "thin columns": ((1, 331, 5), 1)}
+
+
+@pytest.mark.parametrize("layout", LONG)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_split_slices(small_tiles, launched, dtype, layout):
+    shape, axis = LONG[layout]
+    x, grad, parameters = inputs(shape, 2, dtype, mean=3.0)
+    check(x, grad, parameters, norm_axis=axis)
+    assert launched == [
+        "split_statistics", "split_normaliser", "split_output", "split_sums", "split_gradient", "parameter_gradients"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("padding_stats", ["zero", "exclude"])
+@pytest.mark.parametrize("normalize, eps", [("clamp", 1e-8), ("clamp", 50.0), ("softmax", 1e-8)])
+def test_split_slices_with_padding(small_tiles, padding_stats, normalize, eps):
+    x, grad, parameters = inputs((3, 250), 1, torch.float32, mean=2.0)
+    mask = torch.rand((3, 250), generator=generator(5)).to(DEVICE) < 0.7
+    mask[0, :130] = False  # a first run without a valid element
+    mask[1] = False
+    mask[2, 1:] = False
+    x[0, 140:150] = 7.0
+    options = dict(mask=mask, padding_value=7.0, padding_stats=padding_stats, normalize=normalize, eps=eps)
+    check(x, grad, parameters, residual=True, **options)
+
+
+@pytest.mark.parametrize("padding_stats", ["zero", "exclude"])
+def test_split_slices_on_an_offset_with_a_constant_gradient(small_tiles, padding_stats):
+    x, grad, parameters = inputs((2, 300), 1, torch.float32, mean=1e4)
+    mask = None
+    if padding_stats == "exclude":
+        mask = torch.ones(2, 300, dtype=torch.bool, device=DEVICE)
+        mask[:, :70] = False
+    check(x, torch.ones_like(grad), parameters, mask=mask, padding_stats=padding_stats)
+
+
+def test_split_weights_come_from_the_same_launch(small_tiles, launched):
+    x, _, parameters = inputs((2, 300), 1, torch.float64)
+    _, weights = daam_kernels.density_attention(x, *parameters, return_weights=True, backend="triton")
+    exact = daam_kernels.reference.density_attention(x, *parameters, return_weights=True)[1]
+    torch.testing.assert_close(weights, exact, rtol=1e-12, atol=1e-15)
+    assert len(launched) == 3
+
+
+def test_split_gradient_without_saved_statistics(small_tiles):
+    x, grad, parameters = inputs((2, 300), 1, torch.float64)
+    options = (1, None, "zero", "clamp", 1e-8, False)
+    got = torch.ops.daam_kernels.density_attention_backward(
+        grad, x, *parameters, None, x.new_empty(0), *options, "triton"
+    )
+    assert_contract((x, *got), (x, *truth(x, *parameters, grad)[1:]), torch.float64)
+
+
+@pytest.mark.parametrize("heads, gaussian_count", [(1, 1), (8, 1), (1, 64), (8, 64)])
+@pytest.mark.parametrize("shape, axis", [((2, 64), 1), ((1, 64, 16), 1)])
+def test_launches_of_resident_slices(launched, shape, axis, heads, gaussian_count):
+    x, grad, parameters = inputs(shape, heads, torch.float32, gaussian_count=gaussian_count)
+    evaluate("triton", x, *parameters, grad, norm_axis=axis)
+    assert launched == ["forward_resident", "backward_resident", "parameter_gradients"]
+
+
+STRIDED = {
+    "transposed": lambda t: t.transpose(0, 2).contiguous().transpose(0, 2),
+    "every second": lambda t: torch.stack((t, t), -1).flatten(-2)[..., ::2],
+    "narrow of a cat": lambda t: torch.cat((t, t), 1).narrow(1, 3, t.shape[1]),
+    "narrow in the features": lambda t: torch.cat((t, t), 2).narrow(2, 1, t.shape[2]),
+    "expanded": lambda t: t[:1, :, :1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("x_layout, grad_layout", list(itertools.product(STRIDED, STRIDED)))
+def test_strides_are_honoured_without_copies(monkeypatch, x_layout, grad_layout):
+    x, grad, parameters = inputs((2, 12, 6), 2, torch.float32)
+    x, grad = STRIDED[x_layout](x), STRIDED[grad_layout](grad)
+    options = daam_kernels.options.DensityOptions(1, None, "zero", "clamp", 1e-8, False)
+    y = torch.empty_like(x)
+    for module in (density_forward, density_backward):  # the interpreter moves tensors, the host code must not
+        monkeypatch.setattr(module, "run", lambda *args, **kwargs: None)
+    with OnlyAllocations():
+        density_forward.density_forward(x, *parameters, None, options, y, None, None)
+    if host.slice_view(x.shape, 1, y.stride(), x.stride(), grad.stride()) is not None:
+        with OnlyAllocations():
+            density_backward.density_backward(grad, x, *parameters, None, None, options)
+    else:
+        assert {x_layout, grad_layout} & {"transposed", "expanded"} and x_layout != grad_layout
+
+
+def test_bits_do_not_depend_on_the_run(small_tiles):
+    x, grad, parameters = inputs((2, 300), 1, torch.float32)
+    first, second = (evaluate("triton", x, *parameters, grad) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_offsets_past_two_to_the_31(tmp_path):
+    """Two slices more than 2^31 elements apart, in a sparse file: 32-bit offsets would read elsewhere."""
+    step = 2**31 + 32
+    file = tmp_path / "sparse"
+    with open(file, "wb") as f:
+        f.truncate(2 * (step + 64))
+    far = torch.from_file(str(file), shared=True, size=step + 64, dtype=torch.float16)
+    far = torch.as_strided(far, (2, 64), (step, 1))
+    x, grad, parameters = inputs((2, 64), 1, torch.float16)
+    far.copy_(x)
+    options = daam_kernels.options.DensityOptions(1, None, "zero", "clamp", 1e-8, False)
+    y, stats = torch.empty_like(x), x.new_empty((3, 2), dtype=torch.float32)
+    if DEVICE == "cuda":
+        pytest.skip("a file is not on the GPU; tests/gpu has tensors of that size")
+    density_forward.density_forward(far, *parameters, None, options, y, None, stats)
+    got = density_backward.density_backward(grad, far, *parameters, None, stats, options)
+    assert_contract((y, *got), truth(x, *parameters, grad), torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(64, 2048), (1, 1 << 20)])
+def test_launches_counted_by_the_profiler(shape):
+    x, grad, parameters = inputs(shape, 1, torch.float32)
+    parameters = [p.float() for p in parameters]
+    evaluate("triton", x, *parameters, grad)
+    limit = 3 if shape[1] > 16384 else 1
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        daam_kernels.density_attention(x, *parameters, backend="triton")
+        torch.cuda.synchronize()
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) <= limit, [e.name for e in kernels]

@@ -1,0 +1,138 @@
+"""Launch configurations, checked without a GPU: every slice is covered once, nothing is larger than a GPU allows."""
+
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from daam_kernels.kernels import launch
+from daam_kernels.kernels.launch import density_launch, density_tile, slice_view
+
+FLAGS = {"PADDED": False}
+
+
+def view_of(outer, length, inner):
+    return slice_view((outer, length, inner), 1, (length * inner, inner, 1), (length * inner, inner, 1))
+
+
+@given(
+    outer=st.integers(1, 1 << 20),
+    heads=st.integers(1, 70),
+    extra=st.integers(0, 1 << 22),
+    inner=st.integers(1, 1 << 16),
+    itemsize=st.sampled_from([2, 4, 8]),
+    backward=st.booleans(),
+    padded=st.booleans(),
+)
+def test_tiles_cover_every_slice_and_fit(outer, heads, extra, inner, itemsize, backward, padded):
+    length = 2 * heads + extra
+    longest = length - (heads - 1) * (length // heads)
+    view = view_of(outer, length, inner)
+    tile = density_tile(view, heads, itemsize, backward, padded)
+
+    assert tile.block_r & (tile.block_r - 1) == 0 and tile.block_s & (tile.block_s - 1) == 0
+    if tile.num_chunks:
+        assert tile.num_chunks * tile.tiles * tile.block_r >= longest > (tile.num_chunks - 1) * tile.tiles * tile.block_r
+        assert launch._power_of_two(tile.num_chunks) * tile.block_s <= 2 * launch.BUDGET.merged
+        assert tile.num_chunks <= 65535  # of a grid's second axis
+    else:
+        assert longest <= tile.block_r < 2 * longest and tile.tiles == 1
+    if tile.columns:
+        assert tile.num_blocks % outer == 0
+        assert tile.num_blocks // outer * tile.block_s >= inner > (tile.num_blocks // outer - 1) * tile.block_s
+    else:
+        assert tile.num_blocks * tile.block_s >= outer * inner > (tile.num_blocks - 1) * tile.block_s
+    assert 1 <= tile.num_warps <= 16
+    elements = 16384 if itemsize < 8 else 4096
+    assert tile.block_r * tile.block_s <= elements
+    assert itemsize * tile.vec <= 16
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("shape, axis", [((64, 4000), 1), ((8, 24, 1024), 1), ((64, 2048, 512), 1), ((2, 40, 5120), 1)])
+def test_sizes_are_divided_by_what_divides_all_of_them(shape, axis, itemsize):
+    dense = torch.empty(shape, device="meta").stride()
+    view = slice_view(shape, axis, dense, dense)
+    values = density_launch(view, ("y", "x"), 4, 5, itemsize, FLAGS).values
+    vec = 16 // itemsize
+    assert values["VEC"] == vec
+    if values["COLUMNS"]:
+        assert (values["inner"] * vec, values["chunk"]) == (view.inner, view.length // 4)
+        assert values["x_stride_i"] == 1 and values["x_stride_r"] * vec == view.strides[1][1]
+    else:
+        assert (values["chunk"] * vec, values["length"] * vec) == (view.length // 4, view.length)
+        assert values["x_stride_r"] == 1
+    assert values["x_stride_o"] * vec == view.strides[1][0]
+
+
+@pytest.mark.parametrize("shape, axis", [((64, 4001), 1), ((8, 24, 1023), 1)])
+def test_odd_sizes_are_not_divided(shape, axis):
+    dense = torch.empty(shape, device="meta").stride()
+    view = slice_view(shape, axis, dense, dense)
+    assert density_launch(view, ("y", "x"), 3, 5, 4, FLAGS).values["VEC"] == 1
+
+
+def test_the_contiguous_axis_decides_what_neighbours_in_a_tile_are():
+    channels_last = torch.empty(8, 256, 14, 14, device="meta").to(memory_format=torch.channels_last)
+    view = slice_view(channels_last.shape, 1, channels_last.stride(), channels_last.stride())
+    assert (view.outer, view.length, view.inner) == (8 * 14 * 14, 256, 1)
+    assert not density_tile(view, 8, 4, False).columns
+    assert density_tile(view_of(8, 256, 196), 8, 4, False).columns
+
+
+def test_few_long_slices_are_split_over_the_whole_gpu():
+    for view in (view_of(1, 1 << 24, 1), view_of(4, 1 << 20, 8)):
+        for backward in (False, True):
+            tile = density_tile(view, 1, 4, backward)
+            assert tile.num_chunks * tile.num_blocks >= 264  # two for each processor of an H200
+    assert density_tile(view_of(1 << 16, 1 << 16, 1), 1, 4, False).num_chunks == 1  # enough slices as they are
+
+
+def test_the_number_of_gaussians_changes_one_block_size_alone():
+    view = view_of(64, 2048, 512)
+    one, many = (density_launch(view, ("y", "x"), 8, k, 4, FLAGS) for k in (1, 64))
+    assert one.tile == many.tile
+    differing = {name for name in one.values if one.values[name] != many.values[name]}
+    assert differing == {"BLOCK_K", "num_gaussians"}
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "every second": lambda t: torch.stack((t, t), -1).flatten(-2)[..., ::2],
+    "narrow": lambda t: torch.cat((t, t), -1).narrow(-1, 1, t.shape[-1]),
+    "expanded": lambda t: t[:1].expand(t.shape),
+    "channels first to last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_view_has_the_elements_of_its_tensor(layout, axis):
+    x = LAYOUTS[layout](torch.arange(3 * 4 * 5).view(3, 4, 5))
+    out = torch.empty_like(x)
+    view = slice_view(x.shape, axis, out.stride(), x.stride())
+    assert view is not None and view.outer * view.length * view.inner == x.numel()
+    sizes = (view.outer, view.length, view.inner)
+    seen = torch.as_strided(x, sizes, view.strides[1], x.storage_offset())
+    written = torch.as_strided(out.copy_(x), sizes, view.strides[0])
+    assert torch.equal(seen, written)
+    assert torch.equal(seen.sum(1).flatten().sort().values, x.sum(axis).flatten().sort().values)
+
+
+def test_no_view_where_the_axes_do_not_merge():
+    x = torch.empty(4, 6, 8, 10)[:, :3]
+    assert slice_view(x.shape, 3, torch.empty(x.shape).stride(), x.stride()).strides[1] == (480, 1, 10)
+    x = torch.empty(4, 6, 8, 10)[:, :3, :, :5]
+    assert slice_view(x.shape, 2, torch.empty(x.shape).stride(), x.stride()) is None
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.data())
+def test_every_dense_layout_has_a_view(shape, data):
+    order = data.draw(st.permutations(range(len(shape))))
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    x = torch.empty([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
+    view = slice_view(x.shape, axis, x.stride(), x.stride())
+    assert view is not None and view.length == shape[axis] and view.outer * view.inner * view.length == prod(shape)
