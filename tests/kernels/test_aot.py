@@ -21,6 +21,7 @@ def compiled(tmp_path_factory):
     """The statistics of every kernel by (case, type, target), from a process without the interpreter."""
     file = tmp_path_factory.mktemp("aot") / "kernels.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE.parents[1]), environment.get("PYTHONPATH"))))
     result = subprocess.run(
         [sys.executable, HERE / "aot.py", "--json", file], capture_output=True, text=True, env=environment
     )
