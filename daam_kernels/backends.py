@@ -66,4 +66,4 @@ def _triton_status(on_gpu: bool) -> BackendStatus:
         return BackendStatus(True, "Triton kernels on the GPU")
     if os.environ.get("TRITON_INTERPRET") == "1":
         return BackendStatus(True, "Triton's interpreter, on CPU tensors (slow, for tests)")
-    return BackendStatus(False, "Triton kernels need a CUDA tensor (or TRITON_INTERPRET=1, set before triton is imported)")
+    return BackendStatus(False, "needs a CUDA tensor (or TRITON_INTERPRET=1, set before triton is imported)")

@@ -84,12 +84,8 @@ def test_weights_are_within_the_contract_of_y(backend, dtype):
     rng, device, shape = generator(), device_of(backend), shape_of(backend, 1)
     x = (10 + torch.randn(shape, generator=rng)).to(device, dtype)
     mean_offsets, c = gaussians(NUM_HEADS, 5, rng, offsets=0.05, dtype=torch.float64, device=device)
-    y, weights = daam_kernels.density_attention(
-        x, mean_offsets, c, norm_axis=1, return_weights=True, backend=backend
-    )
-    exact = reference.density_attention(
-        x.cpu().double(), mean_offsets.cpu(), c.cpu(), norm_axis=1, return_weights=True
-    )
+    y, weights = daam_kernels.density_attention(x, mean_offsets, c, norm_axis=1, return_weights=True, backend=backend)
+    exact = reference.density_attention(x.cpu().double(), mean_offsets.cpu(), c.cpu(), norm_axis=1, return_weights=True)
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     assert weights.dtype == dtype
     assert_close(y, exact[0], tolerance, "y")

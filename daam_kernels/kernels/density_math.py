@@ -189,7 +189,7 @@ def density(gap, peak, domain, a):
 
 @triton.jit
 def rescale(before, after, a):
-    """What densities over the one at z = ``before`` are multiplied with to be over the one at ``after``, nearer to 0."""
+    """What densities over the one at z = ``before`` are multiplied with to be over that at ``after``, nearer to 0."""
     fall = (before - after) * (before + after)
     fall = tl.where(fall < 0.0, 0.0, fall)
     return tl.exp2(fall * (a * (-0.5 * LOG2_E)))

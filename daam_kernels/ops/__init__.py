@@ -1,1 +1,1 @@
-"""The operators of ``torch.ops.daam_kernels``: schema, fake kernels, autograd. Only this package knows torch.library."""
+"""The operators of ``torch.ops.daam_kernels``: schema, fake kernels, autograd. Only here is torch.library known."""

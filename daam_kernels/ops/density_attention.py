@@ -84,9 +84,7 @@ def forward(
         return y, weights, stats
     arguments = options._asdict()
     with torch.no_grad():
-        result = reference.density_attention(
-            x, mean_offsets, c, mask=mask, return_weights=return_weights, **arguments
-        )
+        result = reference.density_attention(x, mean_offsets, c, mask=mask, return_weights=return_weights, **arguments)
     y, weights = result if return_weights else (result, x.new_empty(0))
     return _as_layout(y, x), _as_layout(weights, x) if return_weights else weights, stats.zero_()
 

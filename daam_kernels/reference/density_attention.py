@@ -247,7 +247,9 @@ def _weigh(
     log_norm = density.sum(axis, keepdim=True).log()
     clamped = None
     if normalize == "clamp":
-        log_peak = -0.5 * (quad.a * (peak.square() + lowest) + quad.e * rstd.square()) - (quad.log_scale + math.log(eps))
+        log_peak = -0.5 * (quad.a * (peak.square() + lowest) + quad.e * rstd.square()) - (
+            quad.log_scale + math.log(eps)
+        )
         clamped = log_norm + log_peak < 0
         log_norm = torch.maximum(log_norm, -log_peak)
     weights = density * torch.exp(-log_norm)

@@ -6,14 +6,10 @@ launch itself is replaced by a recording. Runs in a process of its own, because 
 
 from __future__ import annotations
 
-import os
-
-os.environ.pop("TRITON_INTERPRET", None)
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-
 import argparse
 import json
 import multiprocessing
+import os
 import pathlib
 import re
 import subprocess
@@ -219,6 +215,7 @@ def main() -> int:
     parser.add_argument("--json", type=pathlib.Path, help="write the statistics of every kernel to this file")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported, here and in the workers
     import triton
 
     jobs = [job for job in JOBS if job[1] in arguments.types]

@@ -34,7 +34,9 @@ def test_tiles_cover_every_slice_and_fit(outer, heads, extra, inner, itemsize, b
 
     assert tile.block_r & (tile.block_r - 1) == 0 and tile.block_s & (tile.block_s - 1) == 0
     if tile.num_chunks:
-        assert tile.num_chunks * tile.tiles * tile.block_r >= longest > (tile.num_chunks - 1) * tile.tiles * tile.block_r
+        assert (
+            tile.num_chunks * tile.tiles * tile.block_r >= longest > (tile.num_chunks - 1) * tile.tiles * tile.block_r
+        )
         assert launch._power_of_two(tile.num_chunks) * tile.block_s <= 2 * launch.BUDGET.merged
         assert tile.num_chunks <= 65535  # of a grid's second axis
     else:
