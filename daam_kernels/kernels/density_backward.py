@@ -27,15 +27,15 @@ from .density_math import (
     find_peak,
     finish_weights,
     first_valid,
-    head_span,
     load_gaussians,
     load_statistics,
+    load_tile,
     normaliser,
     partial_offsets,
     pick_first,
     product_quadratic,
+    program_slices,
     reciprocal_sqrt,
-    slice_coordinates,
     slice_number,
     slice_offsets,
     standardise,
@@ -117,19 +117,16 @@ def backward_resident(
     COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g, writes dx, and four sums per block. One sweep."""
-    head = tl.program_id(0) % num_heads
+    head, block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
     a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
-    start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
-    block = tl.program_id(0) // num_heads
-    o, i, inside = slice_coordinates(block, outer, inner, COLUMNS, VEC, BLOCK_S)
     r = tl.arange(0, BLOCK_R)
     within = (r < n)[:, None] & inside[None, :]
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     g_base = slice_offsets(o, i, start, g_stride_o, g_stride_r, g_stride_i, COLUMNS, VEC)
     dx_base = slice_offsets(o, i, start, dx_stride_o, dx_stride_r, dx_stride_i, COLUMNS, VEC)
-    x = tl.load(x_ptr + tile_offsets(x_base, r, x_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
-    g = tl.load(g_ptr + tile_offsets(g_base, r, g_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
+    x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
+    g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
     valid = within
     g_valid = g
     if PADDED:
@@ -196,11 +193,9 @@ def split_sums(
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g; writes what ``merge_sums`` needs of each run: 10 numbers, [10, chunks, slices]."""
-    head = tl.program_id(0) % num_heads
+    head, _block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
     a, center, _spread, _level = product_quadratic(offset, width, real, EPS, ACC)
-    start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
-    o, i, inside = slice_coordinates(tl.program_id(0) // num_heads, outer, inner, COLUMNS, VEC, BLOCK_S)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     g_base = slice_offsets(o, i, start, g_stride_o, g_stride_r, g_stride_i, COLUMNS, VEC)
     if PADDED:
@@ -226,8 +221,8 @@ def split_sums(
     for tile in range(tiles):
         r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
         within = (r < n)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + tile_offsets(x_base, r, x_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
-        g = tl.load(g_ptr + tile_offsets(g_base, r, g_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
+        x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
+        g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
         valid = within
         if PADDED:
             valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
@@ -330,11 +325,9 @@ def split_gradient(
     VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g, writes dx, and four sums per block of slices."""
-    head = tl.program_id(0) % num_heads
+    head, block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
     a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
-    start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
-    o, i, inside = slice_coordinates(tl.program_id(0) // num_heads, outer, inner, COLUMNS, VEC, BLOCK_S)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     g_base = slice_offsets(o, i, start, g_stride_o, g_stride_r, g_stride_i, COLUMNS, VEC)
     dx_base = slice_offsets(o, i, start, dx_stride_o, dx_stride_r, dx_stride_i, COLUMNS, VEC)
@@ -349,15 +342,15 @@ def split_gradient(
         sums_ptr, number, slices, num_chunks, inside, x0, peak, var, rstd, a, spread, level, CLAMP, EXCLUDE, BLOCK_C
     )
     if tl.program_id(1) == 0:
-        save_partials(partials_ptr, head, tl.program_id(0) // num_heads, num_partials, t0, u1, u2, rstd, inside)
+        save_partials(partials_ptr, head, block, num_partials, t0, u1, u2, rstd, inside)
     mean_pz = u1 / tl.maximum(count, 2.0)
 
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for tile in range(tiles):
         r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
         within = (r < n)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + tile_offsets(x_base, r, x_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
-        g = tl.load(g_ptr + tile_offsets(g_base, r, g_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
+        x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
+        g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
         valid = within
         g_valid = g
         if PADDED:

@@ -19,19 +19,19 @@ from .density_math import (
     find_valid,
     finish_weights,
     first_valid,
-    head_span,
     inverse_of,
     load_gaussians,
     load_statistics,
+    load_tile,
     merge_counts,
     merge_normaliser,
     merge_statistics,
     normaliser,
     product_quadratic,
+    program_slices,
     reciprocal_sqrt,
     rescale,
     save_statistics,
-    slice_coordinates,
     slice_number,
     slice_offsets,
     standardise,
@@ -55,16 +55,14 @@ def forward_resident(
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Reads x, writes y, the weights and 3 numbers per slice where asked for. One sweep."""
-    head = tl.program_id(0) % num_heads
+    head, _block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
     a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
-    start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
-    o, i, inside = slice_coordinates(tl.program_id(0) // num_heads, outer, inner, COLUMNS, VEC, BLOCK_S)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     y_base = slice_offsets(o, i, start, y_stride_o, y_stride_r, y_stride_i, COLUMNS, VEC)
     r = tl.arange(0, BLOCK_R)
     within = (r < n)[:, None] & inside[None, :]
-    x = tl.load(x_ptr + tile_offsets(x_base, r, x_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
+    x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
 
     if PADDED:
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
@@ -104,9 +102,7 @@ def split_statistics(
     ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Reads x; writes (count, x0, mean - x0, sum of squared deviations) of each run of a slice."""
-    head = tl.program_id(0) % num_heads
-    start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
-    o, i, inside = slice_coordinates(tl.program_id(0) // num_heads, outer, inner, COLUMNS, VEC, BLOCK_S)
+    head, _block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     if PADDED:
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
@@ -121,7 +117,7 @@ def split_statistics(
     for t in range(tiles):
         r = first + t * BLOCK_R + tl.arange(0, BLOCK_R)
         within = (r < n)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + tile_offsets(x_base, r, x_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
+        x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
         valid = within
         if PADDED:
             valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
@@ -156,11 +152,9 @@ def split_normaliser(
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads x; writes the merged statistics, and (peak, x there, sum of densities over that one's) of each run."""
-    head = tl.program_id(0) % num_heads
+    head, _block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
     a, center, _spread, _level = product_quadratic(offset, width, real, EPS, ACC)
-    start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
-    o, i, inside = slice_coordinates(tl.program_id(0) // num_heads, outer, inner, COLUMNS, VEC, BLOCK_S)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     if PADDED:
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
@@ -178,7 +172,7 @@ def split_normaliser(
     for t in range(tiles):
         r = first + t * BLOCK_R + tl.arange(0, BLOCK_R)
         within = (r < n)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + tile_offsets(x_base, r, x_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
+        x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
         domain = within
         if EXCLUDE:
             domain = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
@@ -209,11 +203,9 @@ def split_output(
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads x, writes y, the weights and 3 numbers per slice where asked for."""
-    head = tl.program_id(0) % num_heads
+    head, _block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
     a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
-    start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
-    o, i, inside = slice_coordinates(tl.program_id(0) // num_heads, outer, inner, COLUMNS, VEC, BLOCK_S)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     y_base = slice_offsets(o, i, start, y_stride_o, y_stride_r, y_stride_i, COLUMNS, VEC)
     if PADDED:
@@ -235,7 +227,7 @@ def split_output(
     for t in range(tiles):
         r = first + t * BLOCK_R + tl.arange(0, BLOCK_R)
         within = (r < n)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + tile_offsets(x_base, r, x_stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
+        x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
         valid = within
         if PADDED:
             valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)

@@ -75,6 +75,19 @@ def slice_coordinates(block, outer, inner, COLUMNS: tl.constexpr, VEC: tl.conste
 
 
 @triton.jit
+def program_slices(
+    num_heads, chunk, length, outer, inner, COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """What a program works on: (head, block of slices, first row, rows, and of each slice: position in outer, in
+    inner, whether it is inside)."""
+    head = tl.program_id(0) % num_heads
+    block = tl.program_id(0) // num_heads
+    start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
+    o, i, inside = slice_coordinates(block, outer, inner, COLUMNS, VEC, BLOCK_S)
+    return head, block, start, n, o, i, inside
+
+
+@triton.jit
 def slice_number(o, i, head, num_heads, inner, COLUMNS: tl.constexpr, VEC: tl.constexpr):
     """Where numbers per slice are stored: slices counted through outer, heads and inner."""
     return (o * num_heads + head) * inner * (VEC if COLUMNS else 1) + i
@@ -90,6 +103,12 @@ def slice_offsets(o, i, start, stride_o, stride_r, stride_i, COLUMNS: tl.constex
 def tile_offsets(base, r, stride_r, COLUMNS: tl.constexpr, VEC: tl.constexpr):
     """Offsets, in elements, of rows r of the slices that start at base."""
     return r.to(tl.int64)[:, None] * stride_r * (VEC if COLUMNS else 1) + base[None, :]
+
+
+@triton.jit
+def load_tile(ptr, base, r, stride_r, within, COLUMNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr):
+    """Rows r of the slices that start at base, in the arithmetic type; 0 outside."""
+    return tl.load(ptr + tile_offsets(base, r, stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
 
 
 @triton.jit
