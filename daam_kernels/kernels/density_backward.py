@@ -135,7 +135,7 @@ def backward_resident(
         g_valid = tl.where(valid, g, 0.0)
     domain = valid if EXCLUDE else within
     if stats_ptr is not None:
-        number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
+        number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
         x0, mean, var = load_statistics(stats_ptr, number, num_slices, inside)
         count = count_elements(domain, x0, n, EXCLUDE)
         rstd = reciprocal_sqrt(var)
@@ -200,7 +200,7 @@ def split_sums(
     g_base = slice_offsets(o, i, start, g_stride_o, g_stride_r, g_stride_i, COLUMNS, VEC)
     if PADDED:
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
-    number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
+    number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
     x0, mean, var = load_statistics(stats_ptr, number, slices, inside)
     rstd = reciprocal_sqrt(var)
@@ -333,7 +333,7 @@ def split_gradient(
     dx_base = slice_offsets(o, i, start, dx_stride_o, dx_stride_r, dx_stride_i, COLUMNS, VEC)
     if PADDED:
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
-    number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
+    number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
     x0, mean, var = load_statistics(stats_ptr, number, slices, inside)
     rstd = reciprocal_sqrt(var)

@@ -79,7 +79,7 @@ def forward_resident(
     z = standardise(shifted, mean, rstd, center)
     peak = find_peak(z, domain)
     if stats_ptr is not None:
-        number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
+        number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
         x_peak = value_at_peak(x, z, peak, domain, x0)
         save_statistics(stats_ptr, x_peak, mean - (x_peak - x0), var, number, num_slices, inside)
     weights = density(z - peak[None, :], peak, domain, a)
@@ -133,7 +133,7 @@ def split_statistics(
         mean += delta * share
         squares += tl.sum(deviation * deviation, axis=0) + delta * delta * count * share
         count += tile_count
-    number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
+    number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
     field = num_slices.to(tl.int64) * num_chunks
     at = partials_ptr + number + tl.program_id(1) * num_slices
     tl.store(at, count, mask=inside)
@@ -158,7 +158,7 @@ def split_normaliser(
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     if PADDED:
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
-    number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
+    number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
     x0, mean, var = merge_statistics(moments_ptr, number, slices, num_chunks, inside, EPS, BLOCK_C)
     rstd = reciprocal_sqrt(var)
@@ -210,7 +210,7 @@ def split_output(
     y_base = slice_offsets(o, i, start, y_stride_o, y_stride_r, y_stride_i, COLUMNS, VEC)
     if PADDED:
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
-    number = slice_number(o, i, head, num_heads, inner, COLUMNS, VEC)
+    number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
     x0, mean, var = load_statistics(merged_ptr, number, slices, inside)
     rstd = reciprocal_sqrt(var)

@@ -88,9 +88,10 @@ def program_slices(
 
 
 @triton.jit
-def slice_number(o, i, head, num_heads, inner, COLUMNS: tl.constexpr, VEC: tl.constexpr):
-    """Where numbers per slice are stored: slices counted through outer, heads and inner."""
-    return (o * num_heads + head) * inner * (VEC if COLUMNS else 1) + i
+def slice_number(o, i, head, outer, inner, COLUMNS: tl.constexpr, VEC: tl.constexpr):
+    """Where numbers per slice are stored: counted through heads, then outer and inner, so that it does not matter
+    which axes are outer: the incoming gradient may ask for another split of them than the forward pass took."""
+    return (head.to(tl.int64) * outer + o) * inner * (VEC if COLUMNS else 1) + i
 
 
 @triton.jit

@@ -151,6 +151,22 @@ def test_strides_are_honoured_without_copies(monkeypatch, x_layout, grad_layout)
         assert {x_layout, grad_layout} & {"transposed", "expanded"} and x_layout != grad_layout
 
 
+@pytest.mark.parametrize("small", [False, True])
+def test_saved_statistics_where_the_gradient_splits_the_axes_otherwise(request, small):
+    """x is [1, R, 12]; its gradient merges only as [3, R, 4]: both passes must mean the same slice by a number."""
+    if small:
+        request.getfixturevalue("small_tiles")
+    x, grad, parameters = inputs((1, 128, 3, 4), 2, torch.float64, mean=1.0)
+    grad = torch.cat((grad, grad), -1).narrow(-1, 0, 4)
+    out = torch.empty_like(x)
+    views = (
+        host.slice_view(x.shape, 1, out.stride(), x.stride()),
+        host.slice_view(x.shape, 1, out.stride(), x.stride(), grad.stride()),
+    )
+    assert [(v.outer, v.inner) for v in views] == [(1, 12), (3, 4)]
+    check(x, grad, parameters, norm_axis=1)
+
+
 def test_bits_do_not_depend_on_the_run(small_tiles):
     x, grad, parameters = inputs((2, 300), 1, torch.float32)
     first, second = (evaluate("triton", x, *parameters, grad) for _ in range(2))
