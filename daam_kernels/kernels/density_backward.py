@@ -19,12 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..options import DensityOptions
+from .density_forward import density_forward
 from .density_math import (
     LN_2,
     count_elements,
     density,
-    find_valid,
     find_peak,
+    find_valid,
     finish_weights,
     first_valid,
     load_gaussians,
@@ -42,7 +43,6 @@ from .density_math import (
     tile_offsets,
     tile_statistics,
 )
-from .density_forward import density_forward
 from .host import SIZES, arithmetic_type, device_of, prepare, run
 
 

@@ -116,7 +116,9 @@ class _DensityAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, mean_offsets, c, mask, options, return_weights, backend):
-        y, weights, stats = forward(x, mean_offsets, c, mask, options, return_weights, True, backend)
+        backend = resolve(backend, x)  # once: the backward must be the one that knows what this forward saved
+        save_stats = backend != "reference"
+        y, weights, stats = forward(x, mean_offsets, c, mask, options, return_weights, save_stats, backend)
         ctx.save_for_backward(x, mean_offsets, c, mask, stats)
         ctx.options, ctx.backend = options, backend
         ctx.mark_non_differentiable(weights)

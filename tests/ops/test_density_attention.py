@@ -381,3 +381,13 @@ def test_fused_backends_stay_close_to_the_reference(backend):
         got = density_attention(*tensors, backend=backend, **options)
         expected = daam_kernels.reference.density_attention(*tensors, **options)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_backward_is_of_the_forwards_backend(monkeypatch):
+    """What "auto" meant at the forward holds: another backend would misread the statistics that were saved."""
+    x, mean_offsets, c = (t.requires_grad_() for t in (torch.randn(2, 256), torch.zeros(1, 3), torch.ones(1, 3)))
+    expected = torch.autograd.grad(daam_kernels.density_attention(x, mean_offsets, c).square().sum(), (x, c))
+    y = daam_kernels.density_attention(x, mean_offsets, c)
+    monkeypatch.setenv("DAAM_KERNELS_BACKEND", "no such backend")
+    for got, exact in zip(torch.autograd.grad(y.square().sum(), (x, c)), expected, strict=True):
+        assert torch.equal(got, exact)
