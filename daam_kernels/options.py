@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 
 class DensityOptions(NamedTuple):
     """Checked options: ``norm_axis`` is not negative, the strings are among the allowed ones."""
@@ -14,3 +16,10 @@ class DensityOptions(NamedTuple):
     normalize: str
     eps: float
     residual: bool
+
+    def padding_in(self, dtype: torch.dtype) -> float | None:
+        """The padding value rounded to x's type, as torch compares; None for a NaN too, which nothing equals."""
+        if self.padding_value is None:
+            return None
+        value = torch.tensor(self.padding_value, dtype=dtype).item()
+        return value if value == value else None

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..options import DensityOptions
-from .launch import Launch, density_launch, slice_view
+from ..slices import slice_view, with_views
+from .launch import Launch, density_launch
 
 # Plain numbers: what divides them is told to the compiler by VEC, so their values must not make new kernels.
 SIZES = ["outer", "chunk", "length", "num_heads", "num_gaussians", "num_slices", "num_chunks", "num_partials", "tiles"]
@@ -36,17 +37,13 @@ def prepare(
     ``names`` are what the kernels call out, x and the others. A tensor is copied only where it has no
     [outer, R, inner] strides.
     """
-    tensors, layouts = [], [out.stride()]
-    if mask is not None:
-        others = (*others, mask.expand(x.shape))
-    for t in (x, *others):
-        if slice_view(x.shape, options.norm_axis, *layouts, t.stride()) is None:
-            t = torch.empty_like(out, dtype=t.dtype).copy_(t)
-        tensors.append(t)
-        layouts.append(t.stride())
-    mask = None if mask is None else tensors.pop().view(torch.uint8)
-    launch = _launch(x.shape, x.dtype, tuple(layouts), names, mask is not None, mean_offsets.shape, options)
-    return launch, tuple(tensors), mask
+    masks = () if mask is None else (mask.expand(x.shape),)
+    tensors = with_views(out, options.norm_axis, x, *others, *masks)
+    layouts = tuple(t.stride() for t in (out, *tensors))
+    launch = _launch(x.shape, x.dtype, layouts, names, mask is not None, mean_offsets.shape, options)
+    if mask is None:
+        return launch, tensors, None
+    return launch, tensors[:-1], tensors[-1].view(torch.uint8)
 
 
 def run(kernel: Any, launch: Launch, pointers: dict[str, Tensor | None], grid: tuple[int, ...] = ()) -> None:
@@ -72,10 +69,7 @@ def _launch(
     options: DensityOptions,
 ) -> Launch:
     view = slice_view(shape, options.norm_axis, *layouts)
-    padding = None
-    if options.padding_value is not None:
-        padding = torch.tensor(options.padding_value, dtype=dtype).item()
-        padding = None if padding != padding else padding  # nothing equals a NaN
+    padding = options.padding_in(dtype)
     padded = padding is not None or has_mask
     flags = {
         "PADDING": padding,

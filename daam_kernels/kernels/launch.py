@@ -8,11 +8,12 @@ it (``columns``); otherwise they are counted through outer and inner together.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from math import gcd, prod
+from math import gcd
 from typing import Any
 
 import torch
+
+from ..slices import SliceView
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,6 @@ _THREAD_ELEMENTS = 8
 _WIDE_ROW, _NARROW_ROW = 256, 64  # bytes of neighbouring slices in a row of a tile, at best and at least
 _PROGRAMS = 528  # that long slices are split for: four for each of an H200's 132 processors
 _REDUCTION = 4096  # partial sums of the parameter gradients that are added at a time
-
-
-@dataclass(frozen=True)
-class SliceView:
-    """Sizes of [outer, R, inner], and for each tensor its three strides in elements."""
-
-    outer: int
-    length: int
-    inner: int
-    strides: tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -92,25 +83,6 @@ class Launch:
         return chosen
 
 
-@lru_cache(maxsize=4096)
-def slice_view(shape: tuple[int, ...], axis: int, dense: tuple[int, ...], *others: tuple[int, ...]) -> SliceView | None:
-    """[outer, R, inner] of a dense layout, and the strides that the other layouts have in it.
-
-    ``dense`` holds the strides of a dense tensor of ``shape``, whose order of memory decides which axes are outer and
-    which inner: those before and after ``axis``, or, where another layout has no strides for that, any split of them.
-    None where there is no such split: then a tensor must be copied first.
-    """
-    order = sorted((d for d in range(len(shape)) if shape[d] > 1 and d != axis), key=lambda d: -dense[d])
-    usual = sum(dense[d] > dense[axis] for d in order)
-    for split in sorted(range(len(order) + 1), key=lambda split: abs(split - usual)):
-        outer, inner = order[:split], order[split:]
-        merged = [(_merge(shape, layout, outer), _merge(shape, layout, inner)) for layout in (dense, *others)]
-        if all(None not in pair for pair in merged):
-            strides = tuple((o, layout[axis], i) for (o, i), layout in zip(merged, (dense, *others)))
-            return SliceView(prod(shape[d] for d in outer), shape[axis], prod(shape[d] for d in inner), strides)
-    return None
-
-
 def density_launch(
     view: SliceView, names: tuple[str, ...], num_heads: int, num_gaussians: int, itemsize: int, flags: dict[str, Any]
 ) -> Launch:
@@ -148,14 +120,6 @@ def density_launch(
         values.update(zip((f"{name}_stride_o", f"{name}_stride_r", f"{name}_stride_i"), scaled))
     values.update(zip(("mask_stride_o", "mask_stride_r", "mask_stride_i"), mask_strides))
     return Launch(tile, tile.num_blocks * num_heads, values["num_slices"], values)
-
-
-def _merge(shape: tuple[int, ...], strides: tuple[int, ...], dims: list[int]) -> int | None:
-    """The one stride of ``dims`` taken as a single axis, 0 for none of them; None where they do not merge."""
-    for d, following in zip(dims, dims[1:]):
-        if strides[d] != strides[following] * shape[following]:
-            return None
-    return strides[dims[-1]] if dims else 0
 
 
 def density_tile(view: SliceView, num_heads: int, itemsize: int, backward: bool, padded: bool = False) -> Tile:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daam_kernels.kernels import launch
-from daam_kernels.kernels.launch import density_launch, density_tile, slice_view
+from daam_kernels.kernels.launch import density_launch, density_tile
+from daam_kernels.slices import slice_view
 
 FLAGS = {"PADDED": False}
 
