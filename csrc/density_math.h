@@ -6,9 +6,9 @@
 #include <stdint.h>
 
 #if defined(__CUDACC__)
-#define DAAM_HD __host__ __device__ inline
+#define DAAM_HD static __host__ __device__ inline
 #else
-#define DAAM_HD inline
+#define DAAM_HD static inline
 #endif
 
 namespace daam {

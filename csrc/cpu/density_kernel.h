@@ -1,0 +1,112 @@
+// The entry of one instruction set: chooses how a call is cut and runs it.
+#pragma once
+
+#include "density_resident.h"
+#include "density_split.h"
+
+namespace {
+
+// Splits [0, count) over the threads; body(i) for each.
+template <class Body>
+void run_parallel(daam_parallel_for parallel_for, int64_t count, Body& body) {
+  const auto work = [](int64_t begin, int64_t end, void* context) {
+    for (int64_t i = begin; i < end; i++) (*static_cast<Body*>(context))(i);
+  };
+  if (parallel_for && count > 1)
+    parallel_for(0, count, 1, work, &body);
+  else
+    work(0, count, &body);
+}
+
+template <class T>
+void set_heads(const daam_density& p, const Tensors& t, Head<T>* heads) {
+  const int64_t chunk = p.length / p.num_heads;
+  for (int64_t h = 0; h < p.num_heads; h++) {
+    const daam::Quadratic q = daam::head_quadratic(p, t, h);
+    Head<T>& head = heads[h];
+    head.a = (T)q.a, head.center = (T)q.center, head.spread = (T)q.spread, head.level = (T)q.level;
+    head.root = (T)sqrt(q.a * 0.5 * kLog2E);
+    head.start = h * chunk;
+    head.n = h == p.num_heads - 1 ? p.length - head.start : chunk;
+    head.narrow = !(q.a <= 4.0 * least(head.n, 16));
+  }
+}
+
+template <class T, bool ROWS, bool BACKWARD, Padding P>
+void run_job(Job<T>& job, daam_parallel_for parallel_for) {
+  if (job.longest > (ROWS ? kLongestRow : kLongestColumn)) {
+    Split<T, ROWS, BACKWARD, P>(job).run([&](int64_t count, auto body) { run_parallel(parallel_for, count, body); });
+    return;
+  }
+  auto body = [&](int64_t task) { Resident<T, ROWS, BACKWARD, P>::run(job, task); };
+  run_parallel(parallel_for, job.tasks, body);
+}
+
+template <class T, bool ROWS>
+void run_direction(Job<T>& job, daam_parallel_for parallel_for) {
+  const int flags = job.problem.flags;
+  const bool padded = flags & (DAAM_HAS_MASK | DAAM_HAS_PADDING_VALUE);
+  const Padding padding = !padded ? Padding::kNone : flags & DAAM_EXCLUDE ? Padding::kExcluded : Padding::kZeros;
+  const bool backward = job.tensors.grad;
+  if (padding == Padding::kNone)
+    backward ? run_job<T, ROWS, true, Padding::kNone>(job, parallel_for)
+             : run_job<T, ROWS, false, Padding::kNone>(job, parallel_for);
+  else if (padding == Padding::kZeros)
+    backward ? run_job<T, ROWS, true, Padding::kZeros>(job, parallel_for)
+             : run_job<T, ROWS, false, Padding::kZeros>(job, parallel_for);
+  else
+    backward ? run_job<T, ROWS, true, Padding::kExcluded>(job, parallel_for)
+             : run_job<T, ROWS, false, Padding::kExcluded>(job, parallel_for);
+}
+
+template <class T>
+int run_storage(
+    const daam_density& p, const Tensors& t, const Storage<T>& storage, daam_parallel_for parallel_for) {
+  constexpr int64_t N = Vector<T>::N;
+  const int64_t slices = p.outer * p.inner, numbers = slices * p.length;
+  const Memory heads(sizeof(Head<T>) * p.num_heads);
+  if (!heads.at) return DAAM_OUT_OF_MEMORY;
+  Job<T> job = {p, t, storage, static_cast<const Head<T>*>(heads.at), {}};
+  set_heads(p, t, static_cast<Head<T>*>(heads.at));
+  job.rules = {p.eps, bool(p.flags & DAAM_SOFTMAX), bool(p.flags & DAAM_RESIDUAL)};
+  const int64_t chunk = p.length / p.num_heads;
+  job.longest = p.length - (p.num_heads - 1) * chunk;
+  job.stream = numbers * (int64_t)storage.size >= kStreamedBytes;
+  job.rows = p.out.row == 1 && (job.longest >= kShortestRow || slices < N);
+  job.width = job.span = job.tiles = 1;
+  if (!job.rows) {
+    const bool split = job.longest > kLongestColumn, straight = p.inner >= N;
+    const int64_t fitting = split ? 64 : most(kNarrowestTile, kTileNumbers / job.longest / 16 * 16);
+    job.width = least(least(fitting, kWidestTile), divide_up(straight ? p.inner : slices, N) * N);
+    job.span = straight ? p.inner : job.width;
+    job.tiles = divide_up(job.span, job.width);
+  }
+  job.units = divide_up(slices, job.span) * p.num_heads * job.tiles;
+  const int64_t unit_numbers = most(1, job.width * chunk);
+  job.units_per_task = most(divide_up(job.units, kMostTasks), divide_up(kTaskNumbers, unit_numbers));
+  job.tasks = divide_up(job.units, job.units_per_task);
+  const Memory sums(t.grad ? sizeof(double) * job.tasks * p.num_heads * 4 : 0);
+  if (!sums.at) return DAAM_OUT_OF_MEMORY;
+  job.sums = static_cast<double*>(sums.at);
+  if (t.grad) memset(sums.at, 0, sizeof(double) * job.tasks * p.num_heads * 4);
+  if (p.flags & DAAM_HUGE_PAGES) {
+    daam::advise_huge_pages(t.out, numbers * storage.size);
+    if (t.weights) daam::advise_huge_pages(t.weights, numbers * storage.size);
+  }
+  if (numbers < kSerialNumbers) parallel_for = nullptr;
+  job.rows ? run_direction<T, true>(job, parallel_for) : run_direction<T, false>(job, parallel_for);
+  if (t.grad && job.status == DAAM_OK) daam::write_parameter_gradients(p, t, job.sums, job.tasks);
+  return job.status;
+}
+
+int run(const daam_density& p, const Tensors& t, daam_parallel_for parallel_for) {
+  switch (p.type) {
+    case DAAM_FLOAT32: return run_storage<float>(p, t, Storage<float>::of<float>(), parallel_for);
+    case DAAM_BFLOAT16: return run_storage<float>(p, t, Storage<float>::of<BFloat16>(), parallel_for);
+    case DAAM_FLOAT16: return run_storage<float>(p, t, Storage<float>::of<Float16>(), parallel_for);
+    case DAAM_FLOAT64: return run_storage<double>(p, t, Storage<double>::of<double>(), parallel_for);
+  }
+  return DAAM_BAD_ARGUMENT;
+}
+
+}  // namespace

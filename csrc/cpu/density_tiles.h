@@ -1,0 +1,169 @@
+// From tensors of any strides and type to groups that lie packed, and back.
+#pragma once
+
+#include "density_slices.h"
+#include "internal.h"
+
+namespace {
+
+// Neighbouring slices, counted through outer and inner, whose elements are the rows of a tile.
+struct Lanes {
+  int64_t first, count, inner;
+
+  // Elements from the first element of x to slice number `lane`, at R = 0.
+  DAAM_INLINE int64_t offset(int64_t lane, const daam_strides& s) const {
+    const int64_t number = first + lane;
+    return number / inner * s.outer + number % inner * s.inner;
+  }
+  // Whether the slices are neighbours in memory too.
+  DAAM_INLINE bool adjacent(const daam_strides& s) const {
+    return count == 1 || (offset(count - 1, s) - offset(0, s) == count - 1 && offset(1, s) - offset(0, s) == 1);
+  }
+};
+
+// A tile in scratch memory: [groups][n][N], groups `group` numbers apart.
+template <class T>
+struct Tile {
+  T* at;
+  int64_t n, group;
+};
+
+DAAM_INLINE float number(float v) { return v; }
+DAAM_INLINE double number(double v) { return v; }
+template <class S>
+DAAM_INLINE float number(S v) {  // through a vector: one conversion for both
+  S some[Vector<float>::N] = {v};
+  return load_as(some)[0];
+}
+
+template <class T, class S>
+DAAM_INLINE void put(S* at, T value) {
+  const auto packed = pack_as(splat<T>(value), at);
+  memcpy(at, &packed, sizeof(S));
+}
+
+// x, grad: the tensor's base moved to the head's first row.
+template <class T, class S>
+void pack_tile(const void* base, const daam_strides& s, const Lanes& lanes, const Tile<T>& tile) {
+  constexpr int N = Vector<T>::N;
+  const S* const from = static_cast<const S*>(base);
+  const int64_t whole = lanes.count / N;
+  if (lanes.adjacent(s)) {
+    const S* row = from + lanes.offset(0, s);
+    for (int64_t r = 0; r < tile.n; r++, row += s.row) {
+      for (int64_t j = 0; j < whole; j++) store<T>(tile.at + j * tile.group + r * N, load_as(row + j * N));
+      for (int64_t l = whole * N; l < lanes.count; l++) tile.at[whole * tile.group + r * N + l % N] = number(row[l]);
+    }
+  } else {
+    for (int64_t l = 0; l < lanes.count; l++) {
+      const S* const column = from + lanes.offset(l, s);
+      T* const to = tile.at + l / N * tile.group + l % N;
+      for (int64_t r = 0; r < tile.n; r++) to[r * N] = number(column[r * s.row]);
+    }
+  }
+  for (int64_t l = lanes.count; l < (lanes.count + N - 1) / N * N; l++)
+    for (int64_t r = 0; r < tile.n; r++) tile.at[l / N * tile.group + r * N + l % N] = 0;
+}
+
+template <class T, class S>
+void unpack_tile(const Tile<T>& tile, void* base, const daam_strides& s, const Lanes& lanes, bool stream) {
+  constexpr int N = Vector<T>::N;
+  S* const to = static_cast<S*>(base);
+  const int64_t whole = lanes.count / N;
+  if (!lanes.adjacent(s)) {
+    for (int64_t l = 0; l < lanes.count; l++) {
+      S* const column = to + lanes.offset(l, s);
+      const T* const from = tile.at + l / N * tile.group + l % N;
+      for (int64_t r = 0; r < tile.n; r++) put<T>(column + r * s.row, from[r * N]);
+    }
+    return;
+  }
+  S* row = to + lanes.offset(0, s);
+  const size_t line = 64 / sizeof(S);  // past the caches whole lines are written, or it would be slow
+  stream = stream && (size_t)row % 64 == 0 && s.row % line == 0 && lanes.count % line == 0;
+  for (int64_t r = 0; r < tile.n; r++, row += s.row) {
+    const T* const from = tile.at + r * N;
+    if (stream)
+      for (int64_t j = 0; j < whole; j++) stream_as<T>(row + j * N, load(from + j * tile.group));
+    else
+      for (int64_t j = 0; j < whole; j++) store_as<T>(row + j * N, load(from + j * tile.group));
+    for (int64_t l = whole * N; l < lanes.count; l++) put<T>(row + l, from[whole * tile.group + l % N]);
+  }
+}
+
+// A row: one slice. Scratch memory beyond its end is filled with zeros to a whole vector.
+template <class T, class S>
+void pack_row(const void* at, int64_t stride, int64_t n, T* row) {
+  constexpr int N = Vector<T>::N;
+  const S* const from = static_cast<const S*>(at);
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + N <= n; i += N) store<T>(row + i, load_as(from + i));
+  for (; i < n; i++) row[i] = number(from[i * stride]);
+  for (; i % N; i++) row[i] = 0;
+}
+
+template <class T, class S>
+void unpack_row(const T* row, int64_t n, void* at, int64_t stride, bool stream) {
+  constexpr int N = Vector<T>::N;
+  S* const to = static_cast<S*>(at);
+  int64_t i = 0;
+  if (stride == 1) {
+    if (stream) {
+      for (; i < n && (size_t)(to + i) % (N * sizeof(S)); i++) put<T>(to + i, row[i]);
+      for (; i + N <= n; i += N) stream_as<T>(to + i, load(row + i));
+    }
+    for (; i + N <= n; i += N) store_as<T>(to + i, load(row + i));
+  }
+  for (; i < n; i++) put<T>(to + i * stride, row[i]);
+}
+
+// What depends on the storage type alone.
+template <class T>
+struct Storage {
+  size_t size;
+  void (*pack_tile)(const void*, const daam_strides&, const Lanes&, const Tile<T>&);
+  void (*unpack_tile)(const Tile<T>&, void*, const daam_strides&, const Lanes&, bool);
+  void (*pack_row)(const void*, int64_t, int64_t, T*);
+  void (*unpack_row)(const T*, int64_t, void*, int64_t, bool);
+
+  template <class S>
+  static Storage of() {
+    return {sizeof(S), ::pack_tile<T, S>, ::unpack_tile<T, S>, ::pack_row<T, S>, ::unpack_row<T, S>};
+  }
+};
+
+// Which numbers of packed x are not padding: all ones, or 0. mask is moved to the head's first row.
+template <class T>
+DAAM_INLINE void find_valid(
+    const T* x, const uint8_t* mask, int64_t stride, int64_t n, int64_t step, bool has_padding, T padding,
+    typename Vector<T>::integer* valid) {
+  for (int64_t r = 0; r < n; r++) {
+    const bool kept = (!mask || mask[r * stride]) && !(has_padding && x[r * step] == padding);
+    valid[r * step] = kept ? -1 : 0;
+  }
+}
+
+template <class T>
+void find_valid_row(
+    const T* x, const uint8_t* mask, const daam_density& p, int64_t n, typename Vector<T>::integer* valid) {
+  find_valid<T>(x, mask, p.mask.row, n, 1, p.flags & DAAM_HAS_PADDING_VALUE, (T)p.padding_value, valid);
+  for (int64_t r = n; r % Vector<T>::N; r++) valid[r] = 0;
+}
+
+template <class T>
+void find_valid_tile(
+    const Tile<T>& x, const uint8_t* mask, const daam_density& p, const Lanes& lanes,
+    typename Vector<T>::integer* valid) {
+  constexpr int N = Vector<T>::N;
+  for (int64_t l = 0; l < (lanes.count + N - 1) / N * N; l++) {
+    const int64_t at = l / N * x.group + l % N;
+    const bool exists = l < lanes.count;
+    const uint8_t* const column = mask && exists ? mask + lanes.offset(l, p.mask) : nullptr;
+    find_valid<T>(
+        x.at + at, column, p.mask.row, x.n, N, exists && p.flags & DAAM_HAS_PADDING_VALUE, (T)p.padding_value,
+        valid + at);
+  }
+}
+
+}  // namespace

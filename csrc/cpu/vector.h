@@ -1,0 +1,271 @@
+// Vectors of one width, and the few operations that the kernels need of them. Included once for each instruction set,
+// by a source file that has chosen DAAM_VECTOR_BYTES and told the compiler what it may use. Everything is internal to
+// that file: a function that two instruction sets shared would run with either one's instructions.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define DAAM_X86 1
+#include <immintrin.h>
+#else
+#define DAAM_X86 0
+#endif
+
+#define DAAM_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// Of T, float or double: the vector of N numbers, its integers and masks, and wider ones of N doubles.
+template <class T>
+struct Vector;
+
+template <>
+struct Vector<float> {
+  typedef float type __attribute__((vector_size(DAAM_VECTOR_BYTES)));
+  typedef float loose __attribute__((vector_size(DAAM_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t integer;
+  typedef int32_t mask __attribute__((vector_size(DAAM_VECTOR_BYTES)));
+  typedef int32_t loose_mask __attribute__((vector_size(DAAM_VECTOR_BYTES), aligned(4), may_alias));
+  typedef double wide __attribute__((vector_size(2 * DAAM_VECTOR_BYTES)));
+  typedef uint16_t half __attribute__((vector_size(DAAM_VECTOR_BYTES / 2)));
+  typedef uint16_t loose_half __attribute__((vector_size(DAAM_VECTOR_BYTES / 2), aligned(2), may_alias));
+  static constexpr int N = DAAM_VECTOR_BYTES / 4;
+};
+
+template <>
+struct Vector<double> {
+  typedef double type __attribute__((vector_size(DAAM_VECTOR_BYTES)));
+  typedef double loose __attribute__((vector_size(DAAM_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t integer;
+  typedef int64_t mask __attribute__((vector_size(DAAM_VECTOR_BYTES)));
+  typedef int64_t loose_mask __attribute__((vector_size(DAAM_VECTOR_BYTES), aligned(8), may_alias));
+  typedef double wide __attribute__((vector_size(DAAM_VECTOR_BYTES)));
+  static constexpr int N = DAAM_VECTOR_BYTES / 8;
+};
+
+template <class T>
+using V = typename Vector<T>::type;
+template <class T>
+using Mask = typename Vector<T>::mask;
+
+template <class T>
+DAAM_INLINE V<T> splat(T value) {
+  return value - V<T>{};
+}
+
+template <class T>
+DAAM_INLINE V<T> load(const T* at) {
+  return *reinterpret_cast<const typename Vector<T>::loose*>(at);
+}
+
+template <class T>
+DAAM_INLINE void store(T* at, V<T> v) {
+  *reinterpret_cast<typename Vector<T>::loose*>(at) = v;
+}
+
+template <class T>
+DAAM_INLINE Mask<T> load_mask(const typename Vector<T>::integer* at) {
+  return *reinterpret_cast<const typename Vector<T>::loose_mask*>(at);
+}
+
+// v where the mask is set, 0 elsewhere, whatever v is there.
+template <class T>
+DAAM_INLINE V<T> keep(Mask<T> mask, V<T> v) {
+  return (V<T>)((Mask<T>)v & mask);
+}
+
+// What there is an instruction for that plain C++ does not lead to: the larger of two, b where either is no number;
+// whether any lane of a mask is set; the square root.
+#if DAAM_X86 && DAAM_VECTOR_BYTES == 32
+DAAM_INLINE V<float> maximum(V<float> a, V<float> b) { return (V<float>)_mm256_max_ps((__m256)a, (__m256)b); }
+DAAM_INLINE V<double> maximum(V<double> a, V<double> b) { return (V<double>)_mm256_max_pd((__m256d)a, (__m256d)b); }
+DAAM_INLINE V<float> square_root(V<float> v) { return (V<float>)_mm256_sqrt_ps((__m256)v); }
+DAAM_INLINE V<double> square_root(V<double> v) { return (V<double>)_mm256_sqrt_pd((__m256d)v); }
+template <class M>
+DAAM_INLINE bool any(M mask) {
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+}
+#else
+template <class Lanes>
+DAAM_INLINE Lanes maximum(Lanes a, Lanes b) {
+  return a > b ? a : b;
+}
+
+template <class Lanes>
+DAAM_INLINE Lanes square_root(Lanes v) {
+  for (unsigned i = 0; i < sizeof v / sizeof v[0]; i++) v[i] = sizeof v[0] == 4 ? sqrtf((float)v[i]) : sqrt(v[i]);
+  return v;
+}
+
+template <class M>
+DAAM_INLINE bool any(M mask) {
+  bool found = false;
+  for (unsigned i = 0; i < sizeof mask / sizeof mask[0]; i++) found |= mask[i] != 0;
+  return found;
+}
+#endif
+
+template <class T>
+DAAM_INLINE V<T> absolute(V<T> v) {
+  constexpr typename Vector<T>::integer sign = sizeof(T) == 4 ? INT32_MIN : INT64_MIN;
+  return (V<T>)((Mask<T>)v & ~(sign - Mask<T>{}));
+}
+
+template <class T>
+DAAM_INLINE T sum_of_lanes(V<T> v) {
+  T sum = 0;
+  if constexpr (Vector<T>::N >= 4) {  // in pairs, as wide as the vector is
+    T half[Vector<T>::N];
+    store<T>(half, v);
+    for (int width = Vector<T>::N / 2; width; width /= 2)
+      for (int i = 0; i < width; i++) half[i] += half[i + width];
+    sum = half[0];
+  } else {
+    for (int i = 0; i < Vector<T>::N; i++) sum += v[i];
+  }
+  return sum;
+}
+
+// 2^x for x <= 0, to about a unit in the last place: 0 from 2^-127 (2^-1023) on, and NaN stays NaN.
+DAAM_INLINE V<float> exp2_negative(V<float> x) {
+  constexpr float shift = 12582912.f + 127.f;  // its last bits hold round(x) + 127 then: the exponent of the power
+  x = maximum(splat<float>(-127.f), x);
+  const V<float> t = x + shift, r = x - (t - shift);
+  V<float> p = splat<float>(1.535336188319500e-4f);
+  p = p * r + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  p = p * r + 1.0f;
+  return p * (V<float>)((Mask<float>)t << 23);
+}
+
+DAAM_INLINE V<double> exp2_negative(V<double> x) {
+  constexpr double shift = 6755399441055744.0 + 1023.0;
+  x = maximum(splat<double>(-1023.0), x);
+  const V<double> t = x + shift, r = (x - (t - shift)) * 0.6931471805599453;
+  V<double> p = splat<double>(1.0 / 6227020800.0);
+  p = p * r + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  return p * (V<double>)((Mask<double>)t << 52);
+}
+
+// Storage types. Vectors of N numbers come from and go to memory of any alignment.
+
+DAAM_INLINE V<float> load_as(const float* at) { return load<float>(at); }
+DAAM_INLINE V<double> load_as(const double* at) { return load<double>(at); }
+
+DAAM_INLINE Mask<float> load_half(const uint16_t* at) {
+  const typename Vector<float>::half h = *reinterpret_cast<const typename Vector<float>::loose_half*>(at);
+  return __builtin_convertvector(h, Mask<float>);
+}
+
+DAAM_INLINE V<float> load_as(const BFloat16* at) { return (V<float>)(load_half(&at->bits) << 16); }
+
+DAAM_INLINE V<float> load_as(const Float16* at) {
+#if DAAM_X86 && DAAM_VECTOR_BYTES == 32
+  return (V<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+#elif DAAM_X86 && DAAM_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (V<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+#else
+  const Mask<float> h = load_half(&at->bits), magnitude = h & 0x7fff;
+  const V<float> finite = (V<float>)(magnitude << 13) * 0x1p112f;  // subnormal numbers included
+  const Mask<float> bits = magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000 : (Mask<float>)finite;
+  return (V<float>)(bits | ((h & 0x8000) << 16));
+#endif
+}
+
+// What a vector is in memory, as a vector of that type.
+DAAM_INLINE V<float> pack_as(V<float> v, const float*) { return v; }
+DAAM_INLINE V<double> pack_as(V<double> v, const double*) { return v; }
+
+DAAM_INLINE typename Vector<float>::half pack_as(V<float> v, const BFloat16*) {
+  const Mask<float> bits = (Mask<float>)v;
+  const Mask<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Mask<float> stored = v == v ? rounded : (bits >> 16) | 0x40;
+  return __builtin_convertvector(stored, typename Vector<float>::half);
+}
+
+DAAM_INLINE typename Vector<float>::half pack_as(V<float> v, const Float16*) {
+#if DAAM_X86 && DAAM_VECTOR_BYTES == 32
+  return (typename Vector<float>::half)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#elif DAAM_X86 && DAAM_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (typename Vector<float>::half)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const Mask<float> bits = (Mask<float>)v, sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  // Adding 1/2 leaves in the last bits what a subnormal half holds, rounded.
+  const Mask<float> small = (Mask<float>)((V<float>)magnitude + 0.5f) - 0x3f000000;
+  const Mask<float> normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  Mask<float> stored = magnitude < 0x38800000 ? small : normal;
+  stored = magnitude >= 0x47800000 ? 0x7c00 - Mask<float>{} : stored;
+  stored = magnitude > 0x7f800000 ? 0x7e00 - Mask<float>{} : stored;
+  return __builtin_convertvector(stored | sign, typename Vector<float>::half);
+#endif
+}
+
+template <class T, class S>
+DAAM_INLINE void store_as(S* at, V<T> v) {
+  const auto packed = pack_as(v, at);
+  memcpy(at, &packed, sizeof packed);
+}
+
+// The same past the caches, to an address that is a multiple of its own size; an ordinary store where there is none.
+template <class T, class S>
+DAAM_INLINE void stream_as(S* at, V<T> v) {
+  const auto packed = pack_as(v, at);
+#if DAAM_X86
+  if constexpr (sizeof packed == 64) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(at), (__m512i)packed);
+    return;
+#endif
+  } else if constexpr (sizeof packed == 32) {
+#if DAAM_VECTOR_BYTES >= 32
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(at), (__m256i)packed);
+    return;
+#endif
+  } else if constexpr (sizeof packed == 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(at), (__m128i)packed);
+    return;
+  }
+#endif
+  memcpy(at, &packed, sizeof packed);
+}
+
+DAAM_INLINE void finish_streaming() {
+#if DAAM_X86
+  _mm_sfence();
+#endif
+}
+
+// Lanes [0, count) of a vector.
+template <class T>
+DAAM_INLINE Mask<T> first_lanes(int64_t count) {
+  Mask<T> mask;
+  for (int i = 0; i < Vector<T>::N; i++) mask[i] = i < count ? -1 : 0;
+  return mask;
+}
+
+}  // namespace
