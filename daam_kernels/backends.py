@@ -10,8 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BACKENDS = ("triton", "native", "reference")
+from . import native
+
+BACKENDS = ("triton", "native", "cuda", "reference")
 ENVIRONMENT_VARIABLE = "DAAM_KERNELS_BACKEND"
+
+_RAW_VARIABLE = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 
 class BackendStatus(NamedTuple):
@@ -26,9 +30,12 @@ class BackendStatus(NamedTuple):
 
 def available_backends() -> dict[str, BackendStatus]:
     """The backends by name, with whether each works on this machine and, where it does not, why."""
+    on_gpu = torch.cuda.is_available()
+    started = on_gpu and torch.cuda.is_initialized()  # to start CUDA only to ask would forbid to fork afterwards
     return {
-        "triton": _triton_status(torch.cuda.is_available()),
-        "native": BackendStatus(False, "this version of daam_kernels ships no native library"),
+        "triton": _triton_status(on_gpu),
+        "native": BackendStatus(*native.status()),
+        "cuda": _cuda_status(on_gpu, torch.device("cuda", torch.cuda.current_device()) if started else None),
         "reference": BackendStatus(True, "plain PyTorch, any device"),
     }
 
@@ -38,20 +45,61 @@ def resolve(backend: str, x: Tensor) -> str:
 
     Raises:
         ValueError: the name is unknown, here or in the environment variable that overrides "auto".
-        RuntimeError: the backend was asked for by name and cannot serve a tensor on this device.
+        RuntimeError: the backend was asked for by name and cannot serve a tensor on this device or of this type.
     """
     asked = "backend"
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto").strip().lower() or "auto"
         asked = f"the environment variable {ENVIRONMENT_VARIABLE}"
         if backend == "auto":
-            return "triton" if x.is_cuda and _triton_status(True) else "reference"
+            return next(name for name in _preferred(x) if _status(name, x))
         if backend not in BACKENDS:
             raise ValueError(f"{asked} must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-    status = _triton_status(x.is_cuda) if backend == "triton" else available_backends()[backend]
+    status = _status(backend, x)
     if not status:
         raise RuntimeError(f"{asked} asks for {backend!r}, which cannot serve a tensor on {x.device}: {status.reason}")
     return backend
+
+
+def raw_variable() -> object:
+    """What decides about "auto" beside the tensor, in whatever form is there first: only for telling it from others.
+
+    os.environ.get encodes the name and raises inside, which takes as long as a small kernel.
+    """
+    try:
+        return os.environ._data.get(_RAW_VARIABLE)
+    except AttributeError:  # somebody put a dictionary in the place of os.environ
+        return os.environ.get(ENVIRONMENT_VARIABLE)
+
+
+def _preferred(x: Tensor) -> tuple[str, ...]:
+    if x.is_cuda:
+        return "triton", "cuda", "reference"
+    return ("native", "reference") if x.is_cpu else ("reference",)
+
+
+def _status(backend: str, x: Tensor) -> BackendStatus:
+    if backend == "triton":
+        return _triton_status(x.is_cuda)
+    if backend == "native":
+        status = BackendStatus(*native.status())
+        return status if not status or x.is_cpu else BackendStatus(False, "needs a CPU tensor")
+    if backend == "cuda":
+        if x.is_cuda and x.dtype not in native.CUDA_TYPES:
+            return BackendStatus(False, f"it takes float32, bfloat16 and float16, got {x.dtype}")
+        return _cuda_status(x.is_cuda, x.device if x.is_cuda else None)
+    return BackendStatus(True, "")
+
+
+def _cuda_status(on_gpu: bool, device: torch.device | None) -> BackendStatus:
+    """``device``: the one that the kernels have to load on; None: only what can be said without starting CUDA."""
+    available, reason = native.cuda_status()
+    if available and not on_gpu:
+        available, reason = False, "needs a CUDA tensor"
+    if available and device is not None:
+        failure = native.cuda_failure(device)
+        available, reason = not failure, failure or reason
+    return BackendStatus(available, reason)
 
 
 @lru_cache(maxsize=None)

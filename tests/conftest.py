@@ -35,6 +35,17 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a GPU")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Tests of every backend ask the CUDA kernels for float64 too, which they refuse in so many words."""
+    try:
+        return (yield)
+    except RuntimeError as error:
+        if pyfuncitem.funcargs.get("backend") == "cuda" and "it takes float32, bfloat16 and float16" in str(error):
+            pytest.skip("not in float64")
+        raise
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_rounds_to_nearest():
     """Triton's interpreter truncates float32 to bfloat16; GPUs round to nearest even, and so it does here."""

@@ -43,8 +43,8 @@ FUSED_BACKENDS = tuple(name for name in BACKENDS if name != "reference")
 
 
 def device_of(backend: str) -> str:
-    """Where a backend's tensors live: Triton's on the GPU where there is one, all others on the CPU."""
-    return "cuda" if backend == "triton" and HAVE_GPU else "cpu"
+    """Where a backend's tensors live: Triton's and CUDA's on the GPU where there is one, all others on the CPU."""
+    return "cuda" if backend in ("triton", "cuda") and HAVE_GPU else "cpu"
 
 
 def interpreted(backend: str) -> bool:

@@ -9,10 +9,12 @@ import daam_kernels
 import pytest
 import torch
 from daam_kernels import backends, density_attention
+from daam_kernels.ops import eager
 from support import BACKENDS, HAVE_GPU, assert_same_bits, device_of
 
 VARIABLE = "DAAM_KERNELS_BACKEND"
 ROOT = Path(__file__).resolve().parent.parent
+ON_CPU = "native" if "native" in BACKENDS else "reference"  # what auto takes there
 
 
 def call(backend="auto", device="cpu"):
@@ -22,8 +24,9 @@ def call(backend="auto", device="cpu"):
 
 @pytest.fixture
 def served(monkeypatch):
-    """The names of the backends that served, in order."""
+    """The names of the backends that served, in order; of calls that are not remembered from other tests."""
     names, resolve = [], backends.resolve
+    monkeypatch.setattr(eager, "_calls", {})
 
     def recording(*arguments):
         names.append(resolve(*arguments))
@@ -47,12 +50,11 @@ def python(code, **variables):
 
 def test_every_backend_says_whether_it_works_and_why_not():
     found = daam_kernels.available_backends()
-    assert list(found) == ["triton", "native", "reference"]
+    assert list(found) == list(backends.BACKENDS) == ["triton", "native", "cuda", "reference"]
     assert found["reference"] and found["reference"].available
     for name, status in found.items():
         assert isinstance(status.available, bool) and bool(status) == status.available
         assert status.reason and "\n" not in status.reason, name
-    assert not found["native"] and "native" in found["native"].reason
 
 
 def test_without_the_interpreter_triton_needs_a_gpu(monkeypatch):
@@ -79,10 +81,51 @@ def test_a_backend_asked_for_by_name_serves(backend, served):
     assert served == [backend]
 
 
-def test_auto_on_the_cpu_is_the_reference(served):
-    """In the interpreter too: it is there for tests that ask for it."""
+def test_auto_on_the_cpu(served):
+    """In Triton's interpreter too: it is there for tests that ask for it."""
+    call("auto")
+    assert served == [ON_CPU]
+
+
+def test_auto_on_the_cpu_without_the_library_is_the_reference(served, monkeypatch):
+    monkeypatch.setattr(backends.native, "status", lambda: (False, "not built"))
     call("auto")
     assert served == ["reference"]
+
+
+class OnGPU:
+    """What resolve reads of a CUDA tensor, where there is no GPU to have one on."""
+
+    device, dtype, is_cuda, is_cpu = torch.device("cuda", 0), torch.float32, True, False
+
+
+@pytest.mark.parametrize("triton", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("failure", ["", "they do not load"])
+def test_auto_on_cuda(triton, compiled, failure, monkeypatch):
+    monkeypatch.setattr(backends, "_triton_installed", lambda: triton)
+    monkeypatch.setattr(backends.native, "cuda_status", lambda: (compiled, "compiled or not"))
+    monkeypatch.setattr(backends.native, "cuda_failure", lambda device: failure)
+    without_triton = "cuda" if compiled and not failure else "reference"
+    assert backends.resolve("auto", OnGPU()) == ("triton" if triton else without_triton)
+    double = OnGPU()
+    double.dtype = torch.float64
+    assert backends.resolve("auto", double) == ("triton" if triton else "reference")
+    if compiled and not failure:
+        with pytest.raises(RuntimeError, match="'cuda'.* on cuda:0: it takes float32, bfloat16 and float16, got .*64"):
+            backends.resolve("cuda", double)
+    elif compiled:
+        with pytest.raises(RuntimeError, match="they do not load"):
+            backends.resolve("cuda", OnGPU())
+
+
+def test_on_other_devices_auto_is_the_reference():
+    other = OnGPU()
+    other.device, other.is_cuda = torch.device("mps"), False
+    assert backends.resolve("auto", other) == "reference"
+    if "native" in BACKENDS:
+        with pytest.raises(RuntimeError, match="'native', which cannot serve a tensor on mps: needs a CPU tensor"):
+            backends.resolve("native", other)
 
 
 @pytest.mark.parametrize("name", [name for name, status in daam_kernels.available_backends().items() if not status])
@@ -101,7 +144,7 @@ def test_the_environment_variable_overrides_auto(backend, served, monkeypatch):
 
 
 def test_the_environment_variable_leaves_a_name_alone(served, monkeypatch):
-    monkeypatch.setenv(VARIABLE, "native")
+    monkeypatch.setenv(VARIABLE, "cuda")
     call("reference")
     assert served == ["reference"]
 
@@ -110,20 +153,31 @@ def test_the_environment_variable_leaves_a_name_alone(served, monkeypatch):
 def test_the_environment_variable_may_say_auto(value, served, monkeypatch):
     monkeypatch.setenv(VARIABLE, value)
     call("auto")
-    assert served == ["reference"]
+    assert served == [ON_CPU]
+
+
+def test_the_environment_variable_counts_for_remembered_calls_too(served, monkeypatch):
+    for value, backend in ((None, ON_CPU), ("reference", "reference"), (None, ON_CPU), ("REFERENCE", "reference")):
+        if value is None:
+            monkeypatch.delenv(VARIABLE, raising=False)
+        else:
+            monkeypatch.setenv(VARIABLE, value)
+        before = len(served)
+        call("auto")
+        assert served[before:] == [backend] or (backend == "native" and before == 2 and served[before:] == [])
 
 
 def test_a_bad_environment_variable(monkeypatch):
-    monkeypatch.setenv(VARIABLE, "cuda")
-    message = f"the environment variable {VARIABLE} must be one of auto, triton, native, reference, got 'cuda'"
+    monkeypatch.setenv(VARIABLE, "cudnn")
+    message = f"the environment variable {VARIABLE} must be one of auto, triton, native, cuda, reference, got 'cudnn'"
     with pytest.raises(ValueError) as error:
         call("auto")
     assert str(error.value) == message
 
 
 def test_an_environment_variable_that_cannot_be_served(monkeypatch):
-    monkeypatch.setenv(VARIABLE, "native")
-    message = f"the environment variable {VARIABLE} asks for 'native', which cannot serve"
+    monkeypatch.setenv(VARIABLE, "cuda")
+    message = f"the environment variable {VARIABLE} asks for 'cuda', which cannot serve"
     with pytest.raises(RuntimeError, match=message):
         call("auto")
 

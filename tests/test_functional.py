@@ -207,9 +207,9 @@ WRONG = {
     ),
     "backend": (
         (X, OFFSETS, C),
-        dict(backend="cuda"),
+        dict(backend="cudnn"),
         ValueError,
-        r"backend must be one of auto, triton, native, reference, got 'cuda'",
+        r"backend must be one of auto, triton, native, cuda, reference, got 'cudnn'",
     ),
 }
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .. import reference
+from .. import native, reference
 from ..backends import resolve
 from ..options import DensityOptions
+from . import eager
 
 _MIN_SAVED = 64  # shorter slices recompute their statistics: saving them would move as many bytes as x does
 _ALWAYS_SAVED = 1024  # a last head with that long a remainder may not fit one block, and then needs them
@@ -40,75 +40,95 @@ def apply(
     options: DensityOptions,
     return_weights: bool,
     backend: str,
+    call: tuple | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """y, or (y, weights) with ``return_weights``; differentiable. The arguments are checked already."""
-    if _is_transformed():
+    """y, or (y, weights) with ``return_weights``; differentiable. The arguments are checked already.
+
+    ``call`` is their signature, to remember how they were served; None for what is not remembered.
+    """
+    tensors = x, mean_offsets, c
+    if eager.is_transformed():
         resolve(backend, x)
-        return reference.density_attention(
-            x, mean_offsets, c, mask=mask, return_weights=return_weights, **options._asdict()
-        )
+        return reference.density_attention(*tensors, mask=mask, return_weights=return_weights, **options._asdict())
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or mean_offsets.requires_grad or c.requires_grad)
-    if not _is_plain_eager(x, mean_offsets, c, mask):
+    if not eager.is_plain(*tensors, mask):
         operator = torch.ops.daam_kernels.density_attention.default
-        y, weights, _ = operator(x, mean_offsets, c, mask, *options, return_weights, needs_grad, backend)
-    elif needs_grad:
-        y, weights = _DensityAttention.apply(x, mean_offsets, c, mask, options, return_weights, backend)
-    else:
-        y, weights, _ = forward(x, mean_offsets, c, mask, options, return_weights, False, backend)
+        y, weights, _ = operator(*tensors, mask, *options, return_weights, needs_grad, backend)
+        return (y, weights) if return_weights else y
+    backend = resolve(backend, x)  # once: the backward must be the one that knows what this forward saved
+    if call is not None and backend == "native":
+        _remember(call, *tensors, options)
+    if needs_grad:
+        return _DensityAttention.apply(*tensors, mask, options, return_weights, backend)
+    y, weights = _forward(*tensors, mask, options, return_weights, None, backend)
     return (y, weights) if return_weights else y
 
 
-def forward(
+def _remember(call: tuple, x: Tensor, mean_offsets: Tensor, c: Tensor, options: DensityOptions) -> None:
+    """How the native library serves this call, unless it has to copy x first."""
+    problem = native.problem(mean_offsets, c, None, options, torch.empty_like(x), x)
+    if problem is None:
+        return
+    fill = native.bound_forward(problem)
+
+    def run(x, mean_offsets, c):
+        if (x.requires_grad or c.requires_grad or mean_offsets.requires_grad) and torch.is_grad_enabled():
+            return _DensityAttention.apply(x, mean_offsets, c, None, options, False, "native")
+        y = torch.empty_like(x)
+        fill(x, mean_offsets, c, y)
+        return y
+
+    eager.remember(call, run)
+
+
+def _forward(
     x: Tensor,
     mean_offsets: Tensor,
     c: Tensor,
     mask: Tensor | None,
     options: DensityOptions,
     return_weights: bool,
-    save_stats: bool,
+    stats: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, weights, stats) from the backend that serves x; weights and stats are empty where not asked for.
-
-    stats is [3, slices] in the arithmetic type, for slices of at least 64 elements: x0, mean - x0 and the variance,
-    in an order of the backend's own, which its backward knows.
-    """
-    stats = x.new_empty(_stats_shape(x, mean_offsets, options, save_stats), dtype=_arithmetic_type(x))
-    if resolve(backend, x) == "triton":
+) -> tuple[Tensor, Tensor | None]:
+    """(y, weights or None) of a backend by its own name. Triton fills stats for its backward; others leave them."""
+    if backend == "reference":
+        arguments = dict(mask=mask, return_weights=return_weights, **options._asdict())
+        with torch.no_grad():
+            result = reference.density_attention(x, mean_offsets, c, **arguments)
+        y, weights = result if return_weights else (result, None)
+        return _as_layout(y, x), _as_layout(weights, x) if return_weights else None
+    y = torch.empty_like(x)
+    weights = torch.empty_like(x) if return_weights else None
+    if backend == "triton":
         from ..kernels.density_forward import density_forward
 
-        y = torch.empty_like(x)
-        weights = torch.empty_like(x) if return_weights else x.new_empty(0)
-        wanted = (weights if return_weights else None, stats if stats.numel() else None)
-        density_forward(x, mean_offsets, c, mask, options, y, *wanted)
-        return y, weights, stats
-    arguments = options._asdict()
-    with torch.no_grad():
-        result = reference.density_attention(x, mean_offsets, c, mask=mask, return_weights=return_weights, **arguments)
-    y, weights = result if return_weights else (result, x.new_empty(0))
-    return _as_layout(y, x), _as_layout(weights, x) if return_weights else weights, stats.zero_()
+        density_forward(x, mean_offsets, c, mask, options, y, weights, stats)
+    else:
+        native.density_forward(x, mean_offsets, c, mask, options, y, weights)
+    return y, weights
 
 
-def backward(
+def _backward(
     grad: Tensor,
     x: Tensor,
     mean_offsets: Tensor,
     c: Tensor,
     mask: Tensor | None,
-    stats: Tensor,
+    stats: Tensor | None,
     options: DensityOptions,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dmean_offsets, dc) from the backend that serves x; stats are what its forward saved, or empty."""
-    if resolve(backend, x) == "triton":
-        from ..kernels.density_backward import density_backward
+    """(dx, dmean_offsets, dc) of a backend by its own name; stats are what its forward saved, or None."""
+    if backend == "reference":
+        with torch.no_grad():
+            dx, *rest = _reference_backward(grad, x, mean_offsets, c, mask, options)
+        return _as_layout(dx, x), *rest
+    if backend != "triton":
+        return native.density_backward(grad, x, mean_offsets, c, mask, options)
+    from ..kernels.density_backward import density_backward
 
-        return density_backward(grad, x, mean_offsets, c, mask, stats if stats.numel() else None, options)
-    with torch.no_grad():
-        dx, dmean_offsets, dc = reference.density_attention_backward(
-            grad, x, mean_offsets, c, mask=mask, **options._asdict()
-        )
-    return _as_layout(dx, x), dmean_offsets, dc
+    return density_backward(grad, x, mean_offsets, c, mask, stats, options)
 
 
 class _DensityAttention(torch.autograd.Function):
@@ -116,47 +136,53 @@ class _DensityAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, mean_offsets, c, mask, options, return_weights, backend):
-        backend = resolve(backend, x)  # once: the backward must be the one that knows what this forward saved
-        save_stats = backend != "reference"
-        y, weights, stats = forward(x, mean_offsets, c, mask, options, return_weights, save_stats, backend)
+        stats = _new_stats(x, mean_offsets, options, backend) if backend == "triton" else None
+        y, weights = _forward(x, mean_offsets, c, mask, options, return_weights, _or_none(stats), backend)
         ctx.save_for_backward(x, mean_offsets, c, mask, stats)
         ctx.options, ctx.backend = options, backend
-        ctx.mark_non_differentiable(weights)
         ctx.set_materialize_grads(False)
+        if weights is None:
+            return y
+        ctx.mark_non_differentiable(weights)
         return y, weights
 
     @staticmethod
-    def backward(ctx, grad, _weights):
+    def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * 7
         x, mean_offsets, c, mask, stats = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            gradients = _differentiable_backward(grad, x, mean_offsets, c, mask, ctx.options)
+        if torch.is_grad_enabled() or not eager.has_memory(grad):
+            gradients = _reference_backward(grad, x, mean_offsets, c, mask, ctx.options)
         else:
-            gradients = backward(grad, x, mean_offsets, c, mask, stats, ctx.options, ctx.backend)
+            rest = mask, _or_none(stats), ctx.options, ctx.backend
+            gradients = _backward(grad.resolve_neg(), x, mean_offsets, c, *rest)
         return (*gradients, None, None, None, None)
 
 
-def _differentiable_backward(grad, x, mean_offsets, c, mask, options):
-    """The gradient in ordinary operations, taken where a graph of it was asked for: derivatives of any order."""
+def _reference_backward(grad, x, mean_offsets, c, mask, options):
+    """The gradient in ordinary operations, also for where a graph of it was asked for: derivatives of any order."""
     return reference.density_attention_backward(grad, x, mean_offsets, c, mask=mask, **options._asdict())
 
 
 def _operator(x, mean_offsets, c, mask, *rest):
     *options, return_weights, save_stats, backend = rest
-    return forward(x, mean_offsets, c, mask, DensityOptions(*options), return_weights, save_stats, backend)
+    options = DensityOptions(*options)
+    stats = _new_stats(x, mean_offsets, options, backend if save_stats else None)
+    resolved = resolve(backend, x)
+    y, weights = _forward(x, mean_offsets, c, mask, options, return_weights, _or_none(stats), resolved)
+    return y, weights if return_weights else x.new_empty(0), stats if resolved == "triton" else stats.zero_()
 
 
 def _operator_fake(x, mean_offsets, c, mask, *rest):
-    *options, return_weights, save_stats, _ = rest
-    stats_shape = _stats_shape(x, mean_offsets, DensityOptions(*options), save_stats)
+    *options, return_weights, save_stats, backend = rest
     weights = torch.empty_like(x) if return_weights else x.new_empty(0)
-    return torch.empty_like(x), weights, x.new_empty(stats_shape, dtype=_arithmetic_type(x))
+    stats = _new_stats(x, mean_offsets, DensityOptions(*options), backend if save_stats else None)
+    return torch.empty_like(x), weights, stats
 
 
 def _operator_backward(grad, x, mean_offsets, c, mask, stats, *rest):
     *options, backend = rest
-    return backward(grad, x, mean_offsets, c, mask, stats, DensityOptions(*options), backend)
+    return _backward(grad, x, mean_offsets, c, mask, _or_none(stats), DensityOptions(*options), resolve(backend, x))
 
 
 def _operator_backward_fake(grad, x, mean_offsets, c, mask, stats, *rest):
@@ -181,7 +207,7 @@ def _operator_gradient(ctx, grad, _weights, _stats):
     if grad is not None:
         x, mean_offsets, c, mask, stats = ctx.saved_tensors
         if torch.is_grad_enabled():
-            tensors = _differentiable_backward(grad, x, mean_offsets, c, mask, ctx.options)
+            tensors = _reference_backward(grad, x, mean_offsets, c, mask, ctx.options)
         else:
             operator = torch.ops.daam_kernels.density_attention_backward.default
             tensors = operator(grad, x, mean_offsets, c, mask, stats, *ctx.options, ctx.backend)
@@ -207,35 +233,22 @@ torch.library.register_autograd(
 torch.library.register_autograd("daam_kernels::density_attention_backward", _refuse_second_gradient, lib=_library)
 
 
-def _is_transformed() -> bool:
-    """Inside torch.func (grad, vmap, jvp, ...) or forward-mode AD, which see no further than ordinary operations.
+def _new_stats(x: Tensor, mean_offsets: Tensor, options: DensityOptions, backend: str | None) -> Tensor:
+    """What a forward saves for Triton's backward; empty where slices are short, or for a backend that saves nothing.
 
-    They refuse an autograd.Function, and take an operator's tangent to be zero.
+    It depends on the arguments alone, not on what "auto" is on this machine: a graph may run on another one.
+    [3, slices] in the arithmetic type: x0, mean - x0 and the variance, in an order that Triton's backward knows.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _is_plain_eager(*tensors: Tensor | None) -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._len_torch_dispatch_stack():
-        return False
-    plain = (Tensor, torch.nn.Parameter)
-    return all(t is None or (type(t) in plain and not t.is_meta) for t in tensors)
-
-
-def _stats_shape(x: Tensor, mean_offsets: Tensor, options: DensityOptions, save_stats: bool) -> tuple[int, ...]:
     num_heads, length = mean_offsets.shape[0], x.shape[options.norm_axis]
     chunk = length // num_heads
-    if not save_stats or (chunk < _MIN_SAVED and length - (num_heads - 1) * chunk < _ALWAYS_SAVED):
-        return (0,)
-    return 3, x.numel() // length * num_heads
+    short = chunk < _MIN_SAVED and length - (num_heads - 1) * chunk < _ALWAYS_SAVED
+    saves = backend == "triton" or (backend == "auto" and x.is_cuda)
+    shape = (3, x.numel() // length * num_heads) if saves and not short else (0,)
+    return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _arithmetic_type(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _or_none(stats: Tensor | None) -> Tensor | None:
+    return stats if stats is not None and stats.numel() else None
 
 
 def _as_layout(t: Tensor, x: Tensor) -> Tensor:

@@ -131,8 +131,8 @@ def test_forward_passes_mask_residual_and_options(module):
 
 
 def test_backend_is_passed_on():
-    with pytest.raises(RuntimeError, match="native"):
-        FusedDAAM(1, 1, 2, backend="native")(torch.randn(2, 4))
+    with pytest.raises(RuntimeError, match="cuda"):
+        FusedDAAM(1, 1, 2, backend="cuda")(torch.randn(2, 4))
 
 
 @pytest.mark.parametrize("norm_axis", [1, -2])

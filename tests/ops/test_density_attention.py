@@ -93,7 +93,7 @@ def test_opcheck_of_the_backward_operator(backend, length, masked, dtype):
     x = tensors[0]
     mask, options = (some_mask(x), PADDED) if masked else (None, PLAIN)
     stats = forward(*tensors, mask, *options, False, True, backend)[2]
-    assert (stats.numel() > 0) == (length >= 128)
+    assert (stats.numel() > 0) == (length >= 128 and backend == "triton")
     torch.library.opcheck(backward, (torch.ones_like(x), *tensors, mask, stats, *options, backend))
 
 
@@ -297,7 +297,8 @@ def test_the_operator_itself_is_differentiable_twice_in_eager(backend):
 def test_weights_and_statistics_carry_no_gradient(backend):
     tensors = leaves(inputs(backend, shape=(1, 140, 2)))
     y, weights, stats = forward(*tensors, None, *PLAIN, True, True, backend)
-    assert y.requires_grad and stats.numel() and not weights.requires_grad and not stats.requires_grad
+    assert bool(stats.numel()) == (backend == "triton")
+    assert y.requires_grad and not weights.requires_grad and not stats.requires_grad
     got = torch.autograd.grad((y * weights).sum(), tensors)
     y = forward(*tensors, None, *PLAIN, False, True, backend)[0]
     for g, e in zip(got, torch.autograd.grad((y * weights.clone()).sum(), tensors), strict=True):

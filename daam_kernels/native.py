@@ -1,0 +1,351 @@
+"""The native library: where it is, why it is not there, and density attention through its C interface.
+
+The interface is csrc/daam_kernels.h. Nothing is loaded before it is asked for. The environment is read then, once:
+``DAAM_KERNELS_NO_NATIVE=1`` refuses to load, ``DAAM_KERNELS_LIBRARY`` names another file than the package's own,
+``DAAM_KERNELS_HUGE_PAGES=1`` asks for huge pages below large results.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from ctypes import c_double, c_int32, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .options import DensityOptions
+from .slices import slice_view, with_views
+
+CUDA_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_HERE = Path(__file__).resolve().parent
+_LIBRARY, _CUDA_IMAGE, _BUILD = _HERE / "_core.so", _HERE / "_cuda.fatbin", _HERE / "_build.json"
+_ABI_VERSION = 1
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_HAS_PADDING_VALUE, _HAS_MASK, _EXCLUDE, _SOFTMAX, _RESIDUAL, _HUGE_PAGES = (1 << bit for bit in range(6))
+_STATUS = {
+    1: "out of memory",
+    2: "it does not serve these arguments",
+    3: "the CUDA driver is missing, or too old",
+    4: "the compiled CUDA kernels do not load on this device",
+    5: "a CUDA kernel could not be launched",
+}
+_TORCH_LIBRARY = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
+
+
+class _Strides(ctypes.Structure):
+    _fields_ = [("outer", c_int64), ("row", c_int64), ("inner", c_int64)]
+
+
+class _Density(ctypes.Structure):
+    """daam_density: one problem, all but its pointers."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("outer", "length", "inner", "num_heads", "num_gaussians")),
+        *((name, _Strides) for name in ("x", "out", "grad", "mask")),
+        *((name, 2 * c_int64) for name in ("offsets_strides", "widths_strides")),
+        *((name, c_double) for name in ("eps", "padding_value")),
+        *((name, c_int32) for name in ("type", "offsets_type", "widths_type", "flags")),
+    ]
+
+
+class Problem(NamedTuple):
+    """A problem for the library, and where it lies: the address holds as long as the structure is referred to."""
+
+    address: int
+    structure: _Density
+
+
+class _Library(NamedTuple):
+    """The functions of a loaded library, typed."""
+
+    forward: Callable[..., int]
+    backward: Callable[..., int]
+    cuda_forward: Callable[..., int]
+    cuda_backward: Callable[..., int]
+    cuda_workspace: Callable[[int], int]
+    cuda_load: Callable[[int], int]
+    instruction_set: Callable[[], bytes]
+    instruction_sets: Callable[[], bytes]
+    parallel_for: c_void_p  # torch's own threads; null on a torch without it, where all runs in the calling thread
+    flags: int
+
+
+# What there is
+
+
+def status() -> tuple[bool, str]:
+    """Whether the library is there and serves the CPU; what it is, or why it is not."""
+    found = _load()
+    if isinstance(found, str):
+        return False, found
+    return True, f"C++ kernels on the CPU ({instruction_set()})"
+
+
+def cuda_status() -> tuple[bool, str]:
+    """Whether the library has CUDA kernels; whether they load on a device: :func:`cuda_failure`."""
+    found = _load()
+    if isinstance(found, str):
+        return False, found
+    if not _CUDA_IMAGE.exists():
+        return False, f"the CUDA kernels of csrc were not compiled: {_build_detail('cuda')}"
+    if torch.version.cuda is None:
+        return False, "needs a torch that was built for CUDA"
+    return True, "CUDA C++ kernels on the GPU"
+
+
+@lru_cache(maxsize=None)
+def cuda_failure(device: torch.device) -> str:
+    """Why the CUDA kernels do not load on this device; nothing where they do. Starts CUDA on it."""
+    with torch.cuda.device(device):
+        code = _library().cuda_load(_cuda_image())
+    return _reason(code) if code else ""
+
+
+def instruction_set() -> str:
+    """What the CPU kernels run with; needs the library."""
+    return _library().instruction_set().decode()
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """What they could run with on this machine, the best one first; needs the library."""
+    return tuple(_library().instruction_sets().decode().split())
+
+
+# Density attention
+
+
+def problem(
+    mean_offsets: Tensor, c: Tensor, mask: Tensor | None, options: DensityOptions, out: Tensor, *tensors: Tensor
+) -> Problem | None:
+    """The problem of tensors like ``out``, which is dense: x, and y's gradient where there is one.
+
+    None where one of them has no [outer, R, inner] strides and must be copied first.
+    """
+    return _problem(
+        options,
+        out.shape,
+        out.dtype,
+        mean_offsets.shape,
+        mean_offsets.stride(),
+        mean_offsets.dtype,
+        c.stride(),
+        c.dtype,
+        mask is not None,
+        out.stride(),
+        *(t.stride() for t in tensors),
+        *(() if mask is None else (mask.stride(),)),
+    )
+
+
+def bound_forward(known: Problem) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+    """What fills y on the CPU from x, mean_offsets and c, for a problem that is known to be theirs; without a mask."""
+    library = _library()
+    forward, parallel_for = library.forward, library.parallel_for
+
+    def fill(x, mean_offsets, c, y):
+        code = forward(
+            known.address, x.data_ptr(), mean_offsets.data_ptr(), c.data_ptr(), None, y.data_ptr(), None, parallel_for
+        )
+        if code:
+            _fail(code)
+
+    return fill
+
+
+def density_forward(
+    x: Tensor,
+    mean_offsets: Tensor,
+    c: Tensor,
+    mask: Tensor | None,
+    options: DensityOptions,
+    y: Tensor,
+    weights: Tensor | None,
+) -> None:
+    """Fill y, and weights where it is given, on the device of x: CPU or CUDA. Both are as torch.empty_like(x)."""
+    if not x.numel():
+        return
+    mean_offsets, c = _served(mean_offsets), _served(c)
+    known, (x,), mask = _prepare(mean_offsets, c, mask, options, y, x)
+    pointers = [known.address, *map(_pointer, (x, mean_offsets, c, mask, y, weights))]
+    library = _library()
+    if x.is_cpu:
+        code = library.forward(*pointers, library.parallel_for)
+    else:
+        with torch.cuda.device(x.device):
+            code = library.cuda_forward(*pointers, _cuda_image(), torch.cuda.current_stream().cuda_stream)
+    if code:
+        _fail(code)
+
+
+def density_backward(
+    grad: Tensor, x: Tensor, mean_offsets: Tensor, c: Tensor, mask: Tensor | None, options: DensityOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dmean_offsets, dc) for y's gradient, on the device of x: CPU or CUDA."""
+    if mean_offsets.dtype not in _TYPES or c.dtype not in _TYPES:
+        dx, d_offsets, d_c = density_backward(grad, x, _served(mean_offsets), _served(c), mask, options)
+        return dx, d_offsets.to(mean_offsets.dtype), d_c.to(c.dtype)
+    dx = torch.empty_like(x)
+    d_offsets, d_c = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (mean_offsets, c))
+    if not x.numel():
+        return dx, d_offsets.zero_(), d_c.zero_()
+    known, (x, grad), mask = _prepare(mean_offsets, c, mask, options, dx, x, grad)
+    pointers = [known.address, *map(_pointer, (grad, x, mean_offsets, c, mask, dx, d_offsets, d_c))]
+    library = _library()
+    if x.is_cpu:
+        code = library.backward(*pointers, library.parallel_for)
+    else:
+        with torch.cuda.device(x.device):
+            workspace = torch.empty(library.cuda_workspace(known.address), dtype=torch.uint8, device=x.device)
+            stream = torch.cuda.current_stream().cuda_stream
+            code = library.cuda_backward(*pointers, workspace.data_ptr(), _cuda_image(), stream)
+    if code:
+        _fail(code)
+    return dx, d_offsets, d_c
+
+
+def _prepare(mean_offsets, c, mask, options, out, *tensors) -> tuple[Problem, tuple[Tensor, ...], Tensor | None]:
+    """The problem, and the tensors and the mask to give with it: copies where they have no view."""
+    if mask is not None:
+        mask = mask.expand(out.shape)
+    known = problem(mean_offsets, c, mask, options, out, *tensors)
+    if known is None:
+        if mask is None:
+            tensors = with_views(out, options.norm_axis, *tensors)
+        else:
+            *tensors, mask = with_views(out, options.norm_axis, *tensors, mask)
+        known = problem(mean_offsets, c, mask, options, out, *tensors)
+    return known, tuple(tensors), mask
+
+
+@lru_cache(maxsize=4096)
+def _problem(
+    options: DensityOptions,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    parameters: torch.Size,
+    offsets_strides: tuple[int, int],
+    offsets_type: torch.dtype,
+    widths_strides: tuple[int, int],
+    widths_type: torch.dtype,
+    has_mask: bool,
+    *layouts: tuple[int, ...],
+) -> Problem | None:
+    view = slice_view(shape, options.norm_axis, *layouts)
+    if view is None:
+        return None
+    strides = [_Strides(*s) for s in view.strides]
+    mask = strides.pop() if has_mask else _Strides()
+    out, x, grad = strides if len(strides) == 3 else (*strides, _Strides())
+    padding = options.padding_in(dtype)
+    flags = (
+        _library().flags
+        | (_HAS_PADDING_VALUE if padding is not None else 0)
+        | (_HAS_MASK if has_mask else 0)
+        | (_EXCLUDE if options.padding_stats == "exclude" else 0)
+        | (_SOFTMAX if options.normalize == "softmax" else 0)
+        | (_RESIDUAL if options.residual else 0)
+    )
+    structure = _Density(
+        *(view.outer, view.length, view.inner, *parameters, x, out, grad, mask),
+        *((2 * c_int64)(*offsets_strides), (2 * c_int64)(*widths_strides), options.eps, padding or 0),
+        *(_TYPES[dtype], _TYPES[offsets_type], _TYPES[widths_type], flags),
+    )
+    return Problem(ctypes.addressof(structure), structure)
+
+
+def _served(parameter: Tensor) -> Tensor:
+    """In a type that the library knows: parameters may be of any floating-point type, 8 bits included."""
+    return parameter if parameter.dtype in _TYPES else parameter.float()
+
+
+def _pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _fail(code: int) -> None:
+    raise RuntimeError(f"the native library of daam_kernels failed: {_reason(code)}")
+
+
+def _reason(code: int) -> str:
+    return _STATUS.get(code, f"status {code}")
+
+
+# Loading
+
+
+def _library() -> _Library:
+    found = _load()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+@lru_cache(maxsize=None)
+def _load() -> _Library | str:
+    """The library, or why it is not there."""
+    if _switched_on("DAAM_KERNELS_NO_NATIVE"):
+        return "switched off by the environment variable DAAM_KERNELS_NO_NATIVE"
+    named = os.environ.get("DAAM_KERNELS_LIBRARY")
+    path = named or str(_LIBRARY)
+    if not named and not _LIBRARY.exists():
+        return f"the native library was not built: {_build_detail('native')}"
+    try:
+        core = ctypes.CDLL(path)
+        version = core.daam_abi_version()
+        if version != _ABI_VERSION:
+            return f"{path} has version {version} of the C interface, this daam_kernels needs {_ABI_VERSION}: reinstall"
+        return _typed(core)
+    except (OSError, AttributeError) as error:
+        return f"{path} does not load: {' '.join(str(error).split())}"
+
+
+def _typed(core: ctypes.CDLL) -> _Library:
+    def function(name: str, arguments: int, result: Any = ctypes.c_int) -> Callable:
+        found = getattr(core, name)
+        found.argtypes, found.restype = [c_void_p] * arguments, result
+        return found
+
+    return _Library(
+        function("daam_density_forward", 8),
+        function("daam_density_backward", 10),
+        function("daam_cuda_density_forward", 9),
+        function("daam_cuda_density_backward", 12),
+        function("daam_cuda_workspace", 1, c_int64),
+        function("daam_cuda_load", 1),
+        function("daam_instruction_set", 0, ctypes.c_char_p),
+        function("daam_instruction_sets", 0, ctypes.c_char_p),
+        _torch_parallel_for(),
+        _HUGE_PAGES if _switched_on("DAAM_KERNELS_HUGE_PAGES") else 0,
+    )
+
+
+def _torch_parallel_for() -> c_void_p:
+    try:
+        loaded = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / _TORCH_LIBRARY))  # the one that torch has loaded
+        return ctypes.cast(loaded.torch_parallel_for, c_void_p)
+    except (OSError, AttributeError):
+        return c_void_p()
+
+
+@lru_cache(maxsize=None)
+def _cuda_image() -> ctypes.Array:
+    """The fat binary in memory, where the driver expects it to stay."""
+    return ctypes.create_string_buffer(_CUDA_IMAGE.read_bytes())
+
+
+def _build_detail(part: str) -> str:
+    try:
+        return json.loads(_BUILD.read_text(encoding="utf-8"))[part]["detail"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return "this is a source tree in which no build ran; pip install . does"
+
+
+def _switched_on(name: str) -> bool:
+    return os.environ.get(name, "0").strip() not in ("", "0")
