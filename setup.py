@@ -9,6 +9,8 @@ import runpy
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,6 +28,7 @@ if sys.platform == "win32":
     COMPILE, LINK, LIBRARIES = ["/O2", "/std:c++17"], [], []
 else:
     COMPILE = "-O3 -g0 -std=c++17 -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
+    COMPILE.append("-Wno-psabi")  # says that vectors are passed otherwise between compilers: here they stay inside
     LINK = ["-Wl,-z,defs"] if sys.platform == "linux" else []  # what is missing fails here, not when it is loaded
     LIBRARIES = ["dl"] if sys.platform == "linux" else []
 
@@ -44,6 +47,16 @@ class BuildNative(build_ext):
 
     def get_export_symbols(self, ext):
         return []  # not a Python module: the header says what is exported
+
+    def build_extension(self, ext):
+        compile_all = self.compiler.compile
+
+        def compile_at_once(sources, **options):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return sum(pool.map(lambda source: compile_all([source], **options), sources), [])
+
+        self.compiler.compile = compile_at_once  # each instruction set is one long-running file
+        super().build_extension(ext)
 
     def run(self):
         inplace, self.inplace = self.inplace, False
@@ -120,8 +133,9 @@ def _output(command):
 def _compiler_version(compiler):
     if compiler.compiler_type != "unix":
         return compiler.compiler_type
-    program = getattr(compiler, "compiler_so_cxx", compiler.compiler_so)[0]
-    return _output([program, "--version"]).splitlines()[0]
+    command = getattr(compiler, "compiler_so_cxx", compiler.compiler_so)
+    programs = takewhile(lambda word: not word.startswith("-"), command)  # a launcher may come before the compiler
+    return _output([*programs, "--version"]).splitlines()[0]
 
 
 def _find_nvcc():
