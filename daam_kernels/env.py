@@ -19,6 +19,7 @@ VARIABLES = {
     "DAAM_KERNELS_LIBRARY": "another native library than the package's own",
     "DAAM_KERNELS_INSTRUCTION_SET": "of the native CPU kernels, instead of the best one",
     "DAAM_KERNELS_HUGE_PAGES": "1: native asks for huge pages below large results",
+    "DAAM_KERNELS_CUDA_DRIVER": "another library with the CUDA driver's interface",
     "TRITON_INTERPRET": "1: triton runs in its interpreter, on CPU tensors",
 }
 
