@@ -126,7 +126,7 @@ def problem(
 ) -> Problem | None:
     """The problem of tensors like ``out``, which is dense: x, and y's gradient where there is one.
 
-    None where one of them has no [outer, R, inner] strides and must be copied first.
+    None where one must be copied first: it has no [outer, R, inner] strides, or is a parameter of an unknown type.
     """
     return _problem(
         options,
@@ -238,7 +238,7 @@ def _problem(
     *layouts: tuple[int, ...],
 ) -> Problem | None:
     view = slice_view(shape, options.norm_axis, *layouts)
-    if view is None:
+    if view is None or offsets_type not in _TYPES or widths_type not in _TYPES:
         return None
     strides = [_Strides(*s) for s in view.strides]
     mask = strides.pop() if has_mask else _Strides()

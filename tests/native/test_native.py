@@ -1,0 +1,448 @@
+"""The native library on the CPU: against float64 over anything that fits, the same bits on any threads, fork, loading.
+
+Gradcheck, opcheck, torch.compile and the numeric contract are in the tests of every backend, of which it is one.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import daam_kernels
+import hypothesis.strategies as st
+import pytest
+import torch
+from daam_kernels import density_attention, native
+from daam_kernels.options import DensityOptions
+from hypothesis import given, settings
+from support import (
+    DTYPES,
+    HALF_TYPES,
+    assert_close,
+    assert_contract,
+    assert_margins_intact,
+    assert_same_bits,
+    evaluate,
+    gaussians,
+    generator,
+    nan_padded,
+    truth,
+)
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+AVAILABLE, REASON = native.status()
+VARIABLES = ("DAAM_KERNELS_NO_NATIVE", "DAAM_KERNELS_HUGE_PAGES", "DAAM_KERNELS_INSTRUCTION_SET")
+
+needs_library = pytest.mark.skipif(not AVAILABLE, reason=REASON)
+
+
+def python(code, **variables):
+    """What code prints in another interpreter, which sees these variables and this one's library."""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def threads():
+    """Sets how many threads torch uses."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# Against float64
+
+
+def strided(t, order, step, expanded):
+    """The values of t with its axes ordered so in memory, ``step`` apart; axes in ``expanded`` from their first."""
+    for d in expanded:
+        t = t.narrow(d, 0, 1).expand(t.shape)
+    sources = [0 if d in expanded else slice(None) for d in range(t.dim())]
+    inverse = [order.index(d) for d in range(len(order))]
+    memory = t.new_empty([1 if d in expanded else t.shape[d] for d in order] + [step])
+    view = memory.select(-1, step - 1).permute(inverse)
+    view.copy_(t[tuple(slice(0, 1) if s == 0 else s for s in sources)])
+    return view.expand(t.shape)
+
+
+@st.composite
+def layouts(draw, dims):
+    return (
+        draw(st.permutations(range(dims))),
+        draw(st.sampled_from([1, 1, 2, 3])),
+        draw(st.sets(st.integers(0, dims - 1), max_size=1)),
+    )
+
+
+@st.composite
+def problems(draw):
+    dims = draw(st.integers(1, 4))
+    axis = draw(st.integers(0, dims - 1))
+    num_heads = draw(st.integers(1, 5))
+    length = 2 * num_heads + draw(st.integers(0, draw(st.sampled_from([3, 40, 600]))))
+    sizes = st.integers(1, draw(st.sampled_from([3, 9, 40])))
+    shape = [length if d == axis else draw(sizes) for d in range(dims)]
+    while (numel := torch.Size(shape).numel()) > 20000:
+        widest = max((d for d in range(dims) if d != axis), key=lambda d: shape[d])
+        shape[widest] = max(1, shape[widest] * 20000 // numel)
+    x_order, x_step, _ = draw(layouts(dims))
+    expanded = draw(st.sets(st.sampled_from([d for d in range(dims) if d != axis] or [axis]), max_size=1)) - {axis}
+    return dict(
+        shape=shape,
+        norm_axis=axis,
+        num_heads=num_heads,
+        num_gaussians=draw(st.integers(1, 16)),
+        x_layout=(x_order, x_step, expanded),
+        grad_layout=draw(layouts(dims)),
+        mask_layout=draw(st.none() | layouts(dims)),
+        padding_value=draw(st.sampled_from([None, 0, 7.0])),
+        padding_stats=draw(st.sampled_from(["zero", "exclude"])),
+        normalize=draw(st.sampled_from(["clamp", "softmax"])),
+        residual=draw(st.booleans()),
+        dtype=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@needs_library
+@given(problems())
+@settings(max_examples=200)
+def test_any_problem(problem):
+    rng, dtype, shape = generator(problem["seed"]), problem["dtype"], problem["shape"]
+    x = (1 + torch.randn(shape, generator=rng, dtype=torch.float64)).to(dtype)
+    if problem["padding_value"] is not None:
+        x[torch.rand(shape, generator=rng) < 0.3] = problem["padding_value"]
+    x = strided(x, *problem["x_layout"])
+    grad = strided(torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype), *problem["grad_layout"])
+    options = {name: problem[name] for name in ("norm_axis", "padding_value", "padding_stats", "normalize", "residual")}
+    if problem["mask_layout"] is not None:
+        options["mask"] = strided(torch.rand(shape, generator=rng) < 0.7, *problem["mask_layout"])
+    heads = problem["num_heads"], problem["num_gaussians"]
+    # Wide ones: for narrow ones the truth of a handful of slices is ill-conditioned in float32.
+    parameters = gaussians(*heads, rng, offsets=0.05, width=2.0, dtype=torch.float64)
+    got = evaluate("native", x, *parameters, grad, **options)
+    assert_contract(got, truth(x, *parameters, grad, **options), dtype)
+    assert got[0].stride() == got[1].stride() == torch.empty_like(x).stride()
+
+
+@needs_library
+@pytest.mark.parametrize("name", native.instruction_sets() if AVAILABLE else [])
+def test_every_instruction_set_keeps_the_contract(name):
+    code = """
+    import itertools, torch
+    from daam_kernels import native
+    from support import DTYPES, assert_contract, evaluate, gaussians, generator, truth
+
+    shapes = ((5, 67), -1), ((3, 33, 19), 1), ((2, 5, 70), 1), ((1, 40000), -1), ((9000, 3), 0), ((1, 300, 130), 1)
+    for (shape, axis), dtype, masked in itertools.product(shapes, DTYPES, (False, True)):
+        rng = generator()
+        x = (10 + torch.randn(shape, generator=rng)).to(dtype)
+        grad = torch.randn(shape, generator=rng).to(dtype)
+        parameters = gaussians(2, 5, rng, offsets=0.05, dtype=torch.promote_types(dtype, torch.float32))
+        options = dict(norm_axis=axis)
+        if masked:
+            options.update(mask=torch.rand(shape, generator=rng) < 0.8, padding_stats="exclude", residual=True)
+        got = evaluate("native", x, *parameters, grad, **options)
+        assert_contract(got, truth(x, *parameters, grad, **options), dtype, f"{shape} {axis} {dtype} {masked}")
+    print(native.instruction_set())
+    """
+    assert python(code, DAAM_KERNELS_INSTRUCTION_SET=name) == name
+
+
+@needs_library
+@pytest.mark.parametrize("parameters_type", [torch.float8_e4m3fn, *HALF_TYPES], ids=str)
+def test_parameters_in_few_bits(parameters_type):
+    x, grad = (torch.randn(6, 40, generator=generator(seed)) for seed in (0, 1))
+    exact = torch.tensor([[0.5, -0.25, 0.0]]), torch.tensor([[1.0, 0.5, 2.0]])
+    expected = evaluate("native", x, *exact, grad)
+    got = evaluate("native", x, *(p.to(parameters_type) for p in exact), grad)
+    for g, e in zip(got[:2], expected[:2]):
+        assert_same_bits(g, e)
+    for g, e in zip(got[2:], expected[2:]):
+        assert g.dtype == parameters_type and torch.equal(g.float(), e.to(parameters_type).float())
+
+
+# Threads
+
+SPLITS = {
+    "rows": ((37, 301), -1, 3),
+    "short rows": ((3000, 8), -1, 2),
+    "columns": ((3, 70, 133), 1, 2),
+    "long columns": ((2, 700, 65), 1, 1),
+    "a long row": ((1, 250_001), -1, 1),
+    "long rows": ((2, 210_007), -1, 2),
+    "a long column": ((210_003, 1, 1), 0, 1),
+    "few long columns": ((210_003, 3), 0, 1),
+    "long columns in two heads": ((410_003, 2), 0, 2),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_same_bits_on_any_number_of_threads(split, masked, dtype, threads):
+    shape, axis, num_heads = SPLITS[split]
+    rng = generator()
+    x, grad = ((1 + torch.randn(shape, generator=rng)).to(dtype) for _ in range(2))
+    parameters = gaussians(num_heads, 3, rng, offsets=0.05, width=2.0)
+    options = dict(norm_axis=axis)
+    if masked:
+        options.update(mask=torch.rand(shape, generator=rng) < 0.7, padding_stats="exclude")
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(evaluate("native", x, *parameters, grad, **options))
+    for other in results[1:]:
+        for what, got, expected in zip(("y", "dx", "dmean_offsets", "dc"), other, results[0], strict=True):
+            assert_same_bits(got, expected, what)
+
+
+@needs_library
+@pytest.mark.parametrize("split", ["a long row", "few long columns"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_slices_are_right(split, dtype):
+    shape, axis, num_heads = SPLITS[split]
+    rng = generator()
+    x, grad = ((4096 + 4096 * torch.randn(shape, generator=rng)).to(dtype) for _ in range(2))  # y is normal in float16
+    parameters = gaussians(num_heads, 3, rng, offsets=0.05, width=2.0, dtype=torch.float64)
+    got = evaluate("native", x, *parameters, grad, norm_axis=axis)
+    assert_contract(got, truth(x, *parameters, grad, norm_axis=axis), dtype)
+
+
+@needs_library
+def test_calls_from_many_python_threads_at_once(threads):
+    threads(2)
+    rng = generator()
+    cases = []
+    for shape, axis, num_heads in SPLITS.values():
+        x, grad = torch.randn(shape, generator=rng), torch.randn(shape, generator=rng)
+        cases.append((x, *gaussians(num_heads, 3, rng, offsets=0.05), grad, axis))
+
+    def run(case):
+        *tensors, axis = case
+        return evaluate("native", *tensors, norm_axis=axis)
+
+    expected = [run(case) for case in cases]
+    with ThreadPoolExecutor(8) as pool:
+        for got, exact in zip(pool.map(run, 4 * cases), 4 * expected):
+            for g, e in zip(got, exact):
+                assert_same_bits(g, e)
+
+
+class Weighed(torch.utils.data.Dataset):
+    """Samples that are weighed where they are loaded, with a gradient on top."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        x = torch.randn(40, 64, generator=generator(index))
+        y, dx, *_ = evaluate("native", x, torch.zeros(2, 3), torch.ones(2, 3), norm_axis=0)
+        return torch.stack([y, dx])
+
+
+@needs_library
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_workers_of_a_data_loader(threads):
+    threads(2)
+    dataset = Weighed()
+    expected = [dataset[index] for index in range(len(dataset))]  # before the fork: the library is loaded and used
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    for got, exact in zip(loader, expected, strict=True):
+        assert_same_bits(got, exact)
+
+
+# Memory
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_odd_sizes_and_unaligned_pointers(axis, dtype):
+    """Every tensor, results too, lies at an odd place between NaN that must neither be read nor written."""
+    for seed, (shape, margin) in enumerate(zip([(3, 13, 7), (2, 5, 67), (7, 41, 3), (4, 259, 1)], (1, 3, 5, 7))):
+        if shape[axis] < 4:
+            continue
+        rng = generator(seed)
+        heads = 2 if shape[axis] > 4 else 1
+        tensors = [
+            torch.randn(shape, generator=rng).to(dtype),
+            *gaussians(heads, 3, rng, width=2.0, dtype=torch.promote_types(dtype, torch.float32)),
+            torch.randn(shape, generator=rng).to(dtype),
+        ]
+        x, mean_offsets, c, grad = (nan_padded(t, margin)[0] for t in tensors)
+        options = DensityOptions(axis, None, "zero", "clamp", 1e-8, False)
+        outputs = [nan_padded(t, margin) for t in (x, x, x, mean_offsets, c)]
+        y, weights, dx, d_offsets, d_c = (view for view, _ in outputs)
+        native.density_forward(x, mean_offsets, c, None, options, y, weights)
+        known, library = native.problem(mean_offsets, c, None, options, dx, x, grad), native._library()
+        pointers = [t.data_ptr() for t in (grad, x, mean_offsets, c)], [t.data_ptr() for t in (dx, d_offsets, d_c)]
+        assert library.backward(known.address, *pointers[0], None, *pointers[1], library.parallel_for) == 0
+        assert_contract((y, dx, d_offsets, d_c), truth(*tensors, norm_axis=axis), dtype, f"{shape}")
+        for _, buffer in outputs:
+            assert_margins_intact(buffer, margin)
+        expected = density_attention(*tensors[:3], norm_axis=axis, return_weights=True, backend="native")[1]
+        assert_close(weights, expected, 0.0 if dtype == torch.float64 else 1e-2)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shape, axis", [((6, 20), 1), ((2, 20, 35), 1), ((40, 66), 0), ((2, 50_000), 1)])
+def test_a_value_that_is_not_finite_stays_in_its_slice(shape, axis, value, dtype):
+    rng = generator()
+    x, grad = torch.randn(shape, generator=rng).to(dtype), torch.randn(shape, generator=rng).to(dtype)
+    parameters = gaussians(2, 3, rng, width=2.0)
+    expected = evaluate("native", x, *parameters, grad, norm_axis=axis)
+    first = shape[axis] // 2
+    touched = torch.zeros(shape, dtype=torch.bool)
+    touched.narrow(axis, 0, first).select(0 if axis else 1, 1).fill_(True)
+    broken = x.clone()
+    broken[touched.nonzero()[3].unbind()] = value
+    got = evaluate("native", broken, *parameters, grad, norm_axis=axis)
+    for g, e in zip(got[:2], expected[:2]):
+        assert_same_bits(g[~touched], e[~touched])
+        assert g[touched].isnan().any()
+    for g, e in zip(got[2:], expected[2:]):
+        assert g[0].isnan().all()
+        assert_same_bits(g[1], e[1])
+
+
+@needs_library
+def test_huge_pages_change_no_bits():
+    code = """
+    import torch
+    from daam_kernels import density_attention, native
+    from daam_kernels.options import DensityOptions
+    from support import evaluate, gaussians, generator
+    x = torch.randn(4, 1 << 20, generator=generator())
+    parameters = gaussians(1, 3, generator(1))
+    options = DensityOptions(1, None, "zero", "clamp", 1e-8, False)
+    flags = native.problem(*parameters, None, options, x, x).structure.flags
+    print(flags, *(t.view(torch.int32).sum(dtype=torch.int64).item() for t in evaluate("native", x, *parameters)))
+    """
+    (off, *plain), (on, *huge) = python(code).split(), python(code, DAAM_KERNELS_HUGE_PAGES="1").split()
+    assert plain == huge and (off, on) == ("0", "32")
+
+
+# Loading
+
+
+def test_it_is_not_loaded_at_import():
+    python("""
+        import ctypes
+        import torch
+        opened = []
+        original = ctypes.CDLL.__init__
+        ctypes.CDLL.__init__ = lambda self, name, *a, **k: (opened.append(name), original(self, name, *a, **k))[1]
+        import daam_kernels
+        assert not [name for name in opened if name and "_core" in str(name)], opened
+    """)
+
+
+SHOW = """
+    import torch, daam_kernels
+    from daam_kernels import density_attention
+    print(daam_kernels.available_backends()["native"].reason)
+    print(daam_kernels.available_backends()["cuda"].reason)
+    tensors = torch.randn(2, 6), torch.zeros(1, 2), torch.ones(1, 2)
+    assert not daam_kernels.available_backends()["native"] and not daam_kernels.available_backends()["cuda"]
+    y = density_attention(*tensors)
+    assert torch.equal(y, density_attention(*tensors, backend="reference"))
+    try:
+        density_attention(*tensors, backend="native")
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_switched_off_at_run_time():
+    reason = "switched off by the environment variable DAAM_KERNELS_NO_NATIVE"
+    error = f"backend asks for 'native', which cannot serve a tensor on cpu: {reason}"
+    assert python(SHOW, DAAM_KERNELS_NO_NATIVE="1").splitlines() == [reason, reason, error]
+    if AVAILABLE:
+        code = "import daam_kernels; print(daam_kernels.available_backends()['native'].available)"
+        assert python(code, DAAM_KERNELS_NO_NATIVE="0") == "True"
+
+
+def test_a_library_that_does_not_load_says_why(tmp_path):
+    broken = tmp_path / "broken.so"
+    broken.write_text("no library")
+    cases = {str(broken): "broken.so: ", str(tmp_path / "absent.so"): "absent.so: cannot open shared object file"}
+    other = shutil.which("gcc") and subprocess.check_output(["gcc", "-print-file-name=libm.so.6"], text=True).strip()
+    if other:
+        cases[other] = "daam_abi_version"
+    for path, reason in cases.items():
+        native_reason, cuda_reason, error = python(SHOW, DAAM_KERNELS_LIBRARY=path).splitlines()
+        assert native_reason == cuda_reason and native_reason.startswith(f"{path} does not load: ")
+        assert reason in native_reason and native_reason in error
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")
+def test_a_library_of_another_version_is_refused(tmp_path):
+    source, library = tmp_path / "other.c", tmp_path / "other.so"
+    source.write_text("int daam_abi_version(void) { return 99; }")
+    subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", library], check=True)
+    reason = f"{library} has version 99 of the C interface, this daam_kernels needs 1: reinstall"
+    assert python(SHOW, DAAM_KERNELS_LIBRARY=str(library)).splitlines()[0] == reason
+
+
+@pytest.mark.parametrize(
+    "record, reason",
+    [
+        ('{"native": {"built": false, "detail": "no compiler was found"}}', "no compiler was found"),
+        (None, "this is a source tree in which no build ran; pip install . does"),
+        ("not JSON", "this is a source tree in which no build ran; pip install . does"),
+    ],
+)
+def test_a_library_that_was_not_built_says_why(record, reason, tmp_path, monkeypatch):
+    monkeypatch.delenv("DAAM_KERNELS_LIBRARY", raising=False)
+    monkeypatch.setattr(native, "_LIBRARY", tmp_path / "_core.so")
+    monkeypatch.setattr(native, "_BUILD", tmp_path / "_build.json")
+    if record is not None:
+        (tmp_path / "_build.json").write_text(record)
+    assert native._load.__wrapped__() == f"the native library was not built: {reason}"
+
+
+@needs_library
+def test_without_torchs_threads_everything_runs_in_the_caller(monkeypatch):
+    x, parameters = torch.randn(64, 512, generator=generator()), gaussians(2, 3, generator(1))
+    expected = density_attention(x, *parameters, backend="native")
+    monkeypatch.setattr(native, "_TORCH_LIBRARY", "no such library")
+    serial = native._load.__wrapped__()
+    assert not serial.parallel_for.value
+    monkeypatch.setattr(native, "_load", lambda: serial)
+    options = DensityOptions(1, None, "zero", "clamp", 1e-8, False)
+    y = torch.empty_like(x)
+    native.density_forward(x, *parameters, None, options, y, None)
+    assert_same_bits(y, expected)
+
+
+@needs_library
+def test_what_the_library_refuses_raises():
+    """Of arguments that the public function would not have let through: a head of one element."""
+    x = torch.randn(2, 3)
+    options = DensityOptions(1, None, "zero", "clamp", 1e-8, False)
+    with pytest.raises(RuntimeError, match="native library of daam_kernels failed: it does not serve these arguments"):
+        native.density_forward(x, torch.zeros(2, 1), torch.ones(2, 1), None, options, torch.empty_like(x), None)
+    with pytest.raises(RuntimeError, match="it does not serve these arguments"):
+        native.density_backward(x, x, torch.zeros(2, 1), torch.ones(2, 1), None, options)
+
+
+@needs_library
+def test_what_it_says_of_itself():
+    assert native.instruction_set() in native.instruction_sets()
+    assert native.instruction_set() in daam_kernels.available_backends()["native"].reason
