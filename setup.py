@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from setuptools.errors import BaseError, CCompilerError
 PACKAGE = "daam_kernels"
 LIBRARY, KERNELS, RECORD = PRODUCTS = ("_core.so", "_cuda.fatbin", "_build.json")
 FATBIN = Path("csrc", "cuda", "fatbin.py")
+PROGRAMS = ("compiler_so", "compiler_so_cxx", "linker_so", "linker_so_cxx")
 
 # The sources choose instruction sets themselves. OpenMP stays out: a second pool of threads beside torch's would make
 # both slow.
@@ -40,7 +42,7 @@ class BuildNative(build_ext):
 
     def finalize_options(self):
         super().finalize_options()
-        self.force = True  # setuptools looks at times alone: it would keep what another compiler or other flags made
+        self.force = True  # _make says what may be kept
 
     def get_ext_filename(self, fullname):
         return os.path.join(*fullname.split(".")) + ".so"  # no Python tag: one library for all of them
@@ -56,7 +58,15 @@ class BuildNative(build_ext):
                 return sum(pool.map(lambda source: compile_all([source], **options), sources), [])
 
         self.compiler.compile = compile_at_once  # each instruction set is one long-running file
-        super().build_extension(ext)
+        output = Path(self.get_ext_fullpath(ext.name))
+        programs = [getattr(self.compiler, name, None) for name in PROGRAMS]
+        tools = [self.plat_name, programs, _compiler_version(self.compiler)]
+
+        def make(kept):
+            super(BuildNative, self).build_extension(ext)
+            shutil.copy2(output, kept)
+
+        _make(output, tools, make)
 
     def run(self):
         inplace, self.inplace = self.inplace, False
@@ -97,12 +107,10 @@ class BuildNative(build_ext):
         nvcc = _find_nvcc()
         if nvcc is None:
             raise BaseError("nvcc was not found")
-        try:
-            subprocess.run(runpy.run_path(str(FATBIN))["command"](nvcc, str(output)), check=True)
-        except subprocess.CalledProcessError:
-            output.unlink(missing_ok=True)
-            raise
-        return "nvcc: " + next(line for line in _output([nvcc, "--version"]).splitlines() if "release" in line)
+        version = next(line for line in _output([nvcc, "--version"]).splitlines() if "release" in line)
+        command = runpy.run_path(str(FATBIN))["command"]
+        _make(output, [nvcc, version], lambda kept: subprocess.run(command(nvcc, str(kept)), check=True))
+        return f"nvcc: {version}"
 
 
 class Wheel(bdist_wheel):
@@ -111,6 +119,24 @@ class Wheel(bdist_wheel):
     def get_tag(self):
         self.root_is_pure = not self.get_finalized_command("build_ext").native_built
         return ("py3", "none", super().get_tag()[2])
+
+
+def _make(output, tools, make):
+    """Lets make(kept) write a file, unless it did so before from the same sources with the same tools; copies it.
+
+    setuptools looks at times alone, and would keep what another compiler or other flags made.
+    """
+    kept = Path("build", "native", output.name)
+    note = kept.with_suffix(".sha256")
+    digest = sha256(repr(tools).encode())
+    for path in (*SOURCES, *DEPENDS, __file__):
+        digest.update(f"\0{path}\0".encode() + Path(path).read_bytes())
+    if not (kept.exists() and note.exists() and note.read_text() == digest.hexdigest()):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        note.unlink(missing_ok=True)
+        make(kept)
+        note.write_text(digest.hexdigest())
+    shutil.copy2(kept, output)
 
 
 def _attempt(build):
@@ -149,10 +175,12 @@ def _sources(*suffixes):
     return sorted(path.as_posix() for path in files)
 
 
+SOURCES = _sources(".cpp")
+DEPENDS = _sources(".h", ".cuh", ".cu", ".py")
 library = Extension(
     f"{PACKAGE}.{Path(LIBRARY).stem}",
-    sources=_sources(".cpp"),
-    depends=_sources(".h", ".inc", ".cuh", ".cu", ".py"),
+    sources=SOURCES,
+    depends=DEPENDS,
     include_dirs=["csrc"],
     extra_compile_args=COMPILE,
     extra_link_args=LINK,

@@ -91,6 +91,19 @@ def test_a_change_of_source_or_header_is_built(tree):
     assert ctypes.CDLL(str(tree / "second.so")).daam_abi_version() == 71
 
 
+def test_a_change_of_flags_is_built_and_nothing_else(tree):
+    library = tree / "daam_kernels" / "_core.so"
+    (tree / "csrc" / "library.cpp").write_text(SOURCE.replace("ANSWER", "WHEN"))
+
+    def built_with(flags: str) -> tuple[bytes, int]:
+        assert build(tree, CFLAGS=flags, CXXFLAGS=flags)["native"]["built"]
+        return library.read_bytes(), library.stat().st_mtime_ns
+
+    fives, sixes = built_with("-DWHEN=5"), built_with("-DWHEN=6")
+    assert fives[0] != sixes[0]
+    assert built_with("-DWHEN=6") == sixes  # the time too: it was not compiled again
+
+
 @pytest.mark.parametrize("compiler", ["false", "there-is-no-such-compiler"])
 def test_a_compiler_that_fails_stops_nothing_and_leaves_no_earlier_library(tree, compiler):
     build(tree)
