@@ -151,16 +151,19 @@ class _DensityAttention(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         x, mean_offsets, c, mask, stats = ctx.saved_tensors
-        if torch.is_grad_enabled() or not eager.has_memory(grad):
+        if torch.is_grad_enabled():
             gradients = _reference_backward(grad, x, mean_offsets, c, mask, ctx.options)
+        elif eager.is_plain(grad):
+            gradients = _backward(grad, x, mean_offsets, c, mask, _or_none(stats), ctx.options, ctx.backend)
         else:
-            rest = mask, _or_none(stats), ctx.options, ctx.backend
-            gradients = _backward(grad.resolve_neg(), x, mean_offsets, c, *rest)
+            operator = torch.ops.daam_kernels.density_attention_backward.default
+            stats = x.new_empty(0) if stats is None else stats
+            gradients = operator(grad, x, mean_offsets, c, mask, stats, *ctx.options, ctx.backend)
         return (*gradients, None, None, None, None)
 
 
 def _reference_backward(grad, x, mean_offsets, c, mask, options):
-    """The gradient in ordinary operations, also for where a graph of it was asked for: derivatives of any order."""
+    """The gradient in ordinary operations; a graph of them has derivatives of any order."""
     return reference.density_attention_backward(grad, x, mean_offsets, c, mask=mask, **options._asdict())
 
 

@@ -37,15 +37,10 @@ def is_plain(*tensors: Tensor | None) -> bool:
     """Whether nothing but autograd has to know of the call, and the tensors are numbers in memory."""
     if _is_compiling() or _is_tracing() or _num_modes():
         return False
-    return all(t is None or (type(t) in _PLAIN and has_memory(t) and not t.is_neg()) for t in tensors)
-
-
-def has_memory(t: Tensor) -> bool:
-    """False for meta tensors, zeros without storage, a vmap's batches, and where there are no elements."""
-    try:
-        return t.data_ptr() != 0
-    except RuntimeError:
-        return False
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or t.is_neg() or not _has_memory(t)):
+            return False
+    return True
 
 
 def signature(
@@ -94,3 +89,11 @@ def remember(call: tuple, run: Callable[[Tensor, Tensor, Tensor], Tensor]) -> No
     if len(_calls) >= _MOST:
         _calls.clear()
     _calls[call] = run
+
+
+def _has_memory(t: Tensor) -> bool:
+    """False for meta tensors, zeros without storage, a vmap's batches, and where there are no elements."""
+    try:
+        return t.data_ptr() != 0
+    except RuntimeError:
+        return False
