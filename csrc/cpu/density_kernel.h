@@ -1,10 +1,19 @@
 // The entry of one instruction set: chooses how a call is cut and runs it.
 #pragma once
 
-#include "density_resident.h"
 #include "density_split.h"
+#include "density_unit.h"
 
 namespace {
+
+template <bool FIRST, class A, class B>
+struct Select {
+  typedef A type;
+};
+template <class A, class B>
+struct Select<false, A, B> {
+  typedef B type;
+};
 
 // Splits [0, count) over the threads; body(i) for each.
 template <class Body>
@@ -18,28 +27,55 @@ void run_parallel(daam_parallel_for parallel_for, int64_t count, Body& body) {
     work(0, count, &body);
 }
 
+// By the head of the first lane. Lanes are heads that follow each other in rows, and all of one head in columns.
 template <class T>
-void set_heads(const daam_density& p, const Tensors& t, Head<T>* heads) {
-  const int64_t chunk = p.length / p.num_heads;
+void set_heads(const Job<T>& job, Heads<T>* heads) {
+  const daam_density& p = job.problem;
   for (int64_t h = 0; h < p.num_heads; h++) {
-    const daam::Quadratic q = daam::head_quadratic(p, t, h);
-    Head<T>& head = heads[h];
-    head.a = (T)q.a, head.center = (T)q.center, head.spread = (T)q.spread, head.level = (T)q.level;
-    head.root = (T)sqrt(q.a * 0.5 * kLog2E);
-    head.start = h * chunk;
-    head.n = h == p.num_heads - 1 ? p.length - head.start : chunk;
-    head.narrow = !(q.a <= 4.0 * least(head.n, 16));
+    const daam::Quadratic q = daam::head_quadratic(p, job.tensors, h);
+    const T n = (T)job.length(h), root = (T)sqrt(q.a * 0.5 * kLog2E);
+    const bool narrow = !(q.a <= 4.0 * least(job.length(h), 16));
+    for (int lane = 0; lane < Vector<T>::N; lane++) {
+      Heads<T>& to = heads[job.rows ? (h + (p.num_heads - 1) * lane) % p.num_heads : h];
+      to.center[lane] = (T)q.center, to.spread[lane] = (T)q.spread, to.level[lane] = (T)q.level;
+      to.root[lane] = root, to.n[lane] = n, to.narrow[lane] = narrow ? -1 : 0;
+    }
   }
+}
+
+// A task: units one after the other, whose slices stay in the cache. They are read once and written once.
+template <class T, class Unit, bool BACKWARD, Padding P>
+void run_task(Job<T>& job, int64_t task) {
+  const int64_t begin = task * job.units_per_task, end = least(begin + job.units_per_task, job.units);
+  void* const memory = daam::thread_scratch(Unit::scratch_bytes(job, job.longest));
+  if (!memory) {
+    job.status = DAAM_OUT_OF_MEMORY;
+    return;
+  }
+  for (int64_t i = begin; i < end; i++) {
+    Unit unit(job, i, 0, job.longest, memory);
+    for (int64_t j = 0; j < unit.groups(); j++) {
+      if constexpr (BACKWARD) {
+        SliceSums<T> sums;
+        backward_group<T, Unit::kRows, P>(unit.group(j), job.rules, sums);
+        unit.add(sums, j, job.sums + task * job.problem.num_heads * 4);
+      } else {
+        forward_group<T, Unit::kRows, P>(unit.group(j), job.rules);
+      }
+    }
+    unit.write_back();
+  }
+  finish_streaming();
 }
 
 template <class T, bool ROWS, bool BACKWARD, Padding P>
 void run_job(Job<T>& job, daam_parallel_for parallel_for) {
-  if (job.longest > (ROWS ? kLongestRow : kLongestColumn)) {
-    Split<T, ROWS, BACKWARD, P>(job).run([&](int64_t count, auto body) { run_parallel(parallel_for, count, body); });
-    return;
-  }
-  auto body = [&](int64_t task) { Resident<T, ROWS, BACKWARD, P>::run(job, task); };
-  run_parallel(parallel_for, job.tasks, body);
+  using Unit = typename Select<ROWS, Rows<T, BACKWARD, P>, Columns<T, BACKWARD, P>>::type;
+  const auto parallel = [&](int64_t count, auto body) { run_parallel(parallel_for, count, body); };
+  if (job.longest > (ROWS ? kLongestRow : kLongestColumn))
+    Split<T, Unit, BACKWARD, P>(job).run(parallel);
+  else
+    parallel(job.tasks, [&](int64_t task) { run_task<T, Unit, BACKWARD, P>(job, task); });
 }
 
 template <class T, bool ROWS>
@@ -64,25 +100,27 @@ int run_storage(
     const daam_density& p, const Tensors& t, const Storage<T>& storage, daam_parallel_for parallel_for) {
   constexpr int64_t N = Vector<T>::N;
   const int64_t slices = p.outer * p.inner, numbers = slices * p.length;
-  const Memory heads(sizeof(Head<T>) * p.num_heads);
+  const Memory heads(sizeof(Heads<T>) * p.num_heads);
   if (!heads.at) return DAAM_OUT_OF_MEMORY;
-  Job<T> job = {p, t, storage, static_cast<const Head<T>*>(heads.at), {}};
-  set_heads(p, t, static_cast<Head<T>*>(heads.at));
+  Job<T> job = {p, t, storage, static_cast<const Heads<T>*>(heads.at), {}};
   job.rules = {p.eps, bool(p.flags & DAAM_SOFTMAX), bool(p.flags & DAAM_RESIDUAL)};
-  const int64_t chunk = p.length / p.num_heads;
-  job.longest = p.length - (p.num_heads - 1) * chunk;
+  job.chunk = p.length / p.num_heads;
+  job.longest = p.length - (p.num_heads - 1) * job.chunk;
   job.stream = numbers * (int64_t)storage.size >= kStreamedBytes;
   job.rows = p.out.row == 1 && (job.longest >= kShortestRow || slices < N);
-  job.width = job.span = job.tiles = 1;
-  if (!job.rows) {
-    const bool split = job.longest > kLongestColumn, straight = p.inner >= N;
-    const int64_t fitting = split ? 64 : most(kNarrowestTile, kTileNumbers / job.longest / 16 * 16);
+  if (job.rows) {
+    job.width = most(1, least(N, kRowNumbers / job.longest));
+    job.units = divide_up(slices * p.num_heads, job.width);
+  } else {
+    const bool straight = p.inner >= N;
+    const int64_t fitting = job.longest > kLongestColumn ? 64 : most(kNarrowestTile, kTileNumbers / job.longest / 16 * 16);
     job.width = least(least(fitting, kWidestTile), divide_up(straight ? p.inner : slices, N) * N);
     job.span = straight ? p.inner : job.width;
     job.tiles = divide_up(job.span, job.width);
+    job.units = divide_up(slices, job.span) * p.num_heads * job.tiles;
   }
-  job.units = divide_up(slices, job.span) * p.num_heads * job.tiles;
-  const int64_t unit_numbers = most(1, job.width * chunk);
+  set_heads(job, static_cast<Heads<T>*>(heads.at));
+  const int64_t unit_numbers = most(1, job.width * job.chunk);
   job.units_per_task = most(divide_up(job.units, kMostTasks), divide_up(kTaskNumbers, unit_numbers));
   job.tasks = divide_up(job.units, job.units_per_task);
   const Memory sums(t.grad ? sizeof(double) * job.tasks * p.num_heads * 4 : 0);

@@ -1,6 +1,6 @@
-// Density attention of one group of slices that lies packed in memory: vectors of N numbers, one after the other.
-// With ROWS the group is one slice and a vector holds N neighbours of it; otherwise it is N slices, and a vector holds
-// one element of each. Numbers per slice are vectors in both cases, so one body serves both.
+// Density attention of a group of N slices, N being the lanes of a vector: numbers per slice are vectors. The elements
+// lie packed in one of two ways. With ROWS each slice is a row of its own, and a sweep goes through one after the other,
+// N neighbours of a slice at a time; otherwise a vector holds one element of each slice, and a sweep goes through all.
 #pragma once
 
 #include "../density_math.h"
@@ -12,34 +12,29 @@ using daam::kLog2E;
 
 enum class Padding { kNone, kZeros, kExcluded };
 
-// One head's Gaussians, and what about them is the same for all of its slices.
+// What the slices of a group have in common with those of other groups: their heads' Gaussians.
 template <class T>
-struct Head {
-  T a, center, spread, level;
-  T root;            // sqrt(a log2(e) / 2)
-  bool narrow;       // densities relative to the centre's would lose digits, or all of them
-  int64_t start, n;  // its chunk of R
+struct Heads {
+  V<T> center, spread, level;
+  V<T> root;       // sqrt(a log2(e) / 2)
+  V<T> n;          // elements of a slice
+  Mask<T> narrow;  // densities relative to the centre's would lose digits, or all of them
 };
 
+// Elements of a slice, or without ROWS of all slices of the group, and where results go.
 template <class T>
-struct Group {
-  const T* x;
-  const T* grad;
+struct Row {
+  int64_t n;  // elements of a slice
+  const T *x, *grad;
   const typename Vector<T>::integer* valid;  // all ones or 0, with padding only
-  int64_t n;                                 // elements of a slice
-  Mask<T> lanes;                             // those that hold slices; only not with ROWS
-};
-
-struct Rules {
-  double eps;
-  bool softmax, residual;
+  T *density, *z, *q;                        // scratch
+  T *out, *weights;                          // out may be where x is
 };
 
 // Where the next group lies: touched while this one is worked on.
 struct Ahead {
-  const char* x = nullptr;
-  const char* grad = nullptr;
-  int64_t step = 0;  // bytes from one vector to the next
+  const char *x, *grad;
+  int64_t step;  // bytes from one vector to the next
 
   template <bool BACKWARD>
   DAAM_INLINE void touch(int64_t i) const {
@@ -48,9 +43,46 @@ struct Ahead {
   }
 };
 
+template <class T>
+struct Group {
+  int count;  // slices
+  Row<T> row[Vector<T>::N];
+  Ahead ahead[Vector<T>::N];
+  Heads<T> heads;
+
+  DAAM_INLINE Mask<T> lanes() const { return first_lanes<T>(count); }
+};
+
+struct Rules {
+  double eps;
+  bool softmax, residual;
+};
+
+// The rows of a group, one after the other; without ROWS all slices are one. Those that are not asked for are left out.
+template <class T, bool ROWS, class Body>
+DAAM_INLINE void each_row(const Group<T>& g, Mask<T> asked, Body body) {
+  if constexpr (!ROWS) return body(0);
+  for (int r = 0; r < g.count; r++)
+    if (asked[r]) body(r);
+}
+
+// What a row needs of numbers per slice, and what it gives to them.
+template <class T, bool ROWS>
+DAAM_INLINE V<T> of_row(const V<T>& v, int r) {
+  if constexpr (ROWS) return splat<T>(v[r]);
+  return v;
+}
+template <class T, bool ROWS>
+DAAM_INLINE void set_sum(V<T>& to, int r, V<T> v) {
+  if constexpr (ROWS)
+    to[r] = sum_of_lanes(v);
+  else
+    to = v;
+}
+
 constexpr int64_t kBlock = 64;  // vectors that are added up before their sum is added to the others'
 
-// The whole vectors of a group, and the last one of a row, of which some lanes are beyond the slice.
+// All lanes of a vector, or those of a row's last one that are not beyond its end.
 struct Whole {
   template <class Lanes>
   DAAM_INLINE Lanes operator()(Lanes v) const {
@@ -104,11 +136,7 @@ struct Sum {
   }
 };
 
-template <class T, bool ROWS>
-DAAM_INLINE V<T> across(V<T> v) {
-  if constexpr (ROWS) return splat<T>(sum_of_lanes<T>(v));
-  return v;
-}
+// Statistics
 
 // Sums of x - shift and of its square over what the statistics count.
 template <class T>
@@ -117,89 +145,117 @@ struct Moments {
 };
 
 template <class T, bool ROWS, Padding P>
-DAAM_INLINE Moments<T> moments(const Group<T>& g, V<T> shift) {
+DAAM_INLINE void find_moments(const Group<T>& g, Mask<T> asked, const V<T>& shifts, Moments<T>& found) {
   constexpr int N = Vector<T>::N;
-  Sum<T> first[4], second[4];
-  const auto body = [&](int64_t i, auto within, auto slot) __attribute__((always_inline)) {
-    V<T> x = load(g.x + i * N);
-    if constexpr (P == Padding::kZeros) x = keep<T>(load_mask<T>(g.valid + i * N), x);
-    V<T> s = within(x - shift);
-    if constexpr (P == Padding::kExcluded) s = keep<T>(load_mask<T>(g.valid + i * N), s);
-    first[slot.index] += s;
-    second[slot.index].block += s * s;
-  };
-  sweep<T, ROWS, 4>(g.n, body, [&]() __attribute__((always_inline)) {
-    first[0].total += (first[0].block + first[1].block) + (first[2].block + first[3].block);
-    second[0].total += (second[0].block + second[1].block) + (second[2].block + second[3].block);
-    for (int j = 0; j < 4; j++) first[j].block = second[j].block = V<T>{};
+  each_row<T, ROWS>(g, asked, [&](int r) __attribute__((always_inline)) {
+    const Row<T>& row = g.row[r];
+    const V<T> shift = of_row<T, ROWS>(shifts, r);
+    Sum<T> first[4], second[4];
+    const auto body = [&](int64_t i, auto within, auto slot) __attribute__((always_inline)) {
+      V<T> x = load(row.x + i * N);
+      if constexpr (P == Padding::kZeros) x = keep<T>(load_mask<T>(row.valid + i * N), x);
+      V<T> s = within(x - shift);
+      if constexpr (P == Padding::kExcluded) s = keep<T>(load_mask<T>(row.valid + i * N), s);
+      first[slot.index].block += s;
+      second[slot.index].block += s * s;
+    };
+    sweep<T, ROWS, 4>(row.n, body, [&]() __attribute__((always_inline)) {
+      first[0].total += (first[0].block + first[1].block) + (first[2].block + first[3].block);
+      second[0].total += (second[0].block + second[1].block) + (second[2].block + second[3].block);
+      for (int j = 0; j < 4; j++) first[j].block = second[j].block = V<T>{};
+    });
+    set_sum<T, ROWS>(found.first, r, first[0].total);
+    set_sum<T, ROWS>(found.second, r, second[0].total);
   });
-  return {across<T, ROWS>(first[0].total), across<T, ROWS>(second[0].total)};
 }
 
 template <class T, bool ROWS, Padding P>
 DAAM_INLINE V<T> count_elements(const Group<T>& g) {
   constexpr int N = Vector<T>::N;
-  if constexpr (P != Padding::kExcluded) return splat<T>((T)g.n);
-  Mask<T> count{};
-  const auto body = [&](int64_t i, auto, auto) __attribute__((always_inline)) { count -= load_mask<T>(g.valid + i * N); };
-  sweep<T, ROWS>(g.n, body, [] {});
-  return across<T, ROWS>(__builtin_convertvector(count, V<T>));
+  if constexpr (P != Padding::kExcluded) return g.heads.n;
+  V<T> counts{};
+  each_row<T, ROWS>(g, g.lanes(), [&](int r) __attribute__((always_inline)) {
+    Mask<T> count{};
+    const auto body = [&](int64_t i, auto, auto) __attribute__((always_inline)) {
+      count -= load_mask<T>(g.row[r].valid + i * N);
+    };
+    sweep<T, ROWS>(g.row[r].n, body, [] {});
+    set_sum<T, ROWS>(counts, r, __builtin_convertvector(count, V<T>));
+  });
+  return counts;
+}
+
+// A number near the mean to begin with, from the first few elements.
+template <class T, bool ROWS, Padding P>
+DAAM_INLINE V<T> guess_means(const Group<T>& g) {
+  constexpr int N = Vector<T>::N, most = ROWS ? N : 8;
+  V<T> sums{}, counts = splat<T>(1);
+  each_row<T, ROWS>(g, g.lanes(), [&](int r) __attribute__((always_inline)) {
+    const Row<T>& row = g.row[r];
+    const int64_t some = row.n < most ? row.n : most;
+    V<T> sum{}, count{};
+    for (int64_t i = 0; i < (ROWS ? 1 : some); i++) {
+      V<T> x = load(row.x + i * N);
+      if (ROWS) x = keep<T>(first_lanes<T>(some), x);
+      if constexpr (P != Padding::kNone) {
+        const Mask<T> valid = load_mask<T>(row.valid + i * N);
+        x = keep<T>(valid, x);
+        count -= __builtin_convertvector(valid, V<T>);
+      }
+      sum += x;
+    }
+    set_sum<T, ROWS>(sums, r, sum);
+    if constexpr (P == Padding::kExcluded)
+      set_sum<T, ROWS>(counts, r, count);
+    else if constexpr (ROWS)
+      counts[r] = (T)some;
+    else
+      counts = splat<T>((T)some);
+  });
+  return sums / (counts > 1 ? counts : splat<T>(1));
 }
 
 // A mean as high + low: it is never held in one number, which would cost digits on data with an offset.
 template <class T>
 struct Statistics {
-  V<T> count, high, low, var;
+  V<T> count, high, low, var, rstd;
 };
 
-// A number near the mean to begin with, from the first few elements.
-template <class T, bool ROWS, Padding P>
-DAAM_INLINE V<T> guess_mean(const Group<T>& g) {
-  constexpr int N = Vector<T>::N;
-  const int64_t some = ROWS ? (g.n < N ? g.n : N) : (g.n < 8 ? g.n : 8);
-  V<T> sum{}, count{};
-  for (int64_t i = 0; i < (ROWS ? 1 : some); i++) {
-    V<T> x = load(g.x + i * N);
-    if (ROWS) x = keep<T>(first_lanes<T>(some), x);
-    if constexpr (P != Padding::kNone) {
-      const Mask<T> valid = load_mask<T>(g.valid + i * N);
-      x = keep<T>(valid, x);
-      if constexpr (P == Padding::kExcluded) count -= __builtin_convertvector(valid, V<T>);
-    }
-    sum += x;
-  }
-  if constexpr (P != Padding::kExcluded) return across<T, ROWS>(sum) / (T)some;
-  count = across<T, ROWS>(count);
-  return across<T, ROWS>(sum) / (count > 1 ? count : splat<T>(1));
+template <class T>
+DAAM_INLINE V<T> members_of(V<T> count) {
+  return count > 2 ? count : splat<T>(2);
 }
 
 template <class T>
-DAAM_INLINE Statistics<T> finish_statistics(V<T> shift, Moments<T> m, V<T> count, double eps) {
-  const V<T> members = count > 2 ? count : splat<T>(2);
-  const V<T> offset = m.first / members, squares = m.second - m.first * offset;
+DAAM_INLINE Statistics<T> finish_statistics(V<T> shift, const Moments<T>& m, V<T> count, double eps) {
+  const V<T> members = members_of<T>(count), offset = m.first / members, squares = m.second - m.first * offset;
   Statistics<T> s;
   s.count = count;
   s.high = shift + offset;
   const V<T> taken = s.high - shift;
   s.low = (shift - (s.high - taken)) + (offset - taken);
   s.var = (squares < 0 ? V<T>{} : squares) / (members - 1) + (T)eps;
+  s.rstd = 1 / square_root(s.var);
   return s;
 }
 
 template <class T, bool ROWS, Padding P>
-DAAM_INLINE Statistics<T> statistics(const Group<T>& g, double eps) {
-  const V<T> count = count_elements<T, ROWS, P>(g), members = count > 2 ? count : splat<T>(2);
-  V<T> shift = guess_mean<T, ROWS, P>(g);
-  Moments<T> m = moments<T, ROWS, P>(g, shift);
-  const Mask<T> far = ~(m.first / members * m.first <= m.second * (T)0.5);
+DAAM_INLINE Statistics<T> find_statistics(const Group<T>& g, double eps) {
+  const V<T> count = count_elements<T, ROWS, P>(g), members = members_of<T>(count);
+  V<T> shift = guess_means<T, ROWS, P>(g);
+  Moments<T> m{};
+  find_moments<T, ROWS, P>(g, g.lanes(), shift, m);
+  const Mask<T> far = ~(m.first / members * m.first <= m.second * (T)0.5) & g.lanes();
   if (any(far)) {  // more than a deviation from the mean: the squares would cancel
     shift = far ? shift + m.first / members : shift;
-    m = moments<T, ROWS, P>(g, shift);
+    find_moments<T, ROWS, P>(g, far, shift, m);
   }
   return finish_statistics<T>(shift, m, count, eps);
 }
 
-// Where densities are taken relative to: a point of the slice's range, or its element of largest density. With
+// Densities
+
+// Where densities are taken relative to: a point in the slice's range, or its element of largest density. With
 // z = (x - high) scale - shift, log2 of the density falls by z (z + twice) from there, twice being 2 peak.
 template <class T>
 struct Origin {
@@ -221,102 +277,108 @@ DAAM_INLINE void set_origin(Origin<T>& o, V<T> high, V<T> low, V<T> peak) {
 
 // The centre of the head's Gaussians. Good enough where elements are near it.
 template <class T>
-DAAM_INLINE Origin<T> origin_at_center(const Statistics<T>& s, const Head<T>& head) {
-  Origin<T> o;
-  o.scale = head.root / square_root(s.var);
-  set_origin<T>(o, s.high, s.low + head.center, V<T>{});
-  return o;
+DAAM_INLINE void origin_at_center(Origin<T>& o, const Statistics<T>& s, const Heads<T>& heads) {
+  o.scale = heads.root * s.rstd;
+  set_origin<T>(o, s.high, s.low + heads.center, V<T>{});
 }
 
-// The slice's element of largest density, for the slices of a mask.
+// The slice's element of largest density.
 template <class T>
 struct Nearest {
   V<T> distance, x, grad;
 };
 
 template <class T, bool ROWS, Padding P, bool BACKWARD>
-DAAM_INLINE Nearest<T> nearest(const Group<T>& g, const Statistics<T>& s, const Head<T>& head) {
+DAAM_INLINE void find_nearest(const Group<T>& g, Mask<T> asked, const Statistics<T>& s, Nearest<T>& found) {
   constexpr int N = Vector<T>::N;
-  const V<T> center = s.low + head.center;
-  Nearest<T> best = {splat<T>((T)INFINITY), s.high, V<T>{}};
-  const auto body = [&](int64_t i, auto within, auto) __attribute__((always_inline)) {
-    const V<T> x = load(g.x + i * N), distance = absolute<T>((x - s.high) - center);
-    Mask<T> closer = within((Mask<T>)(distance < best.distance));
-    if constexpr (P == Padding::kExcluded) closer &= load_mask<T>(g.valid + i * N);
-    best.distance = closer ? distance : best.distance;
-    best.x = closer ? x : best.x;
-    if constexpr (BACKWARD) {
-      V<T> grad = load(g.grad + i * N);
-      if constexpr (P == Padding::kZeros) grad = keep<T>(load_mask<T>(g.valid + i * N), grad);
-      best.grad = closer ? grad : best.grad;
+  const V<T> centers = s.low + g.heads.center;
+  each_row<T, ROWS>(g, asked, [&](int r) __attribute__((always_inline)) {
+    const Row<T>& row = g.row[r];
+    const V<T> high = of_row<T, ROWS>(s.high, r), center = of_row<T, ROWS>(centers, r);
+    Nearest<T> best = {splat<T>((T)INFINITY), high, V<T>{}};
+    const auto body = [&](int64_t i, auto within, auto) __attribute__((always_inline)) {
+      const V<T> x = load(row.x + i * N), distance = absolute<T>((x - high) - center);
+      Mask<T> closer = within((Mask<T>)(distance < best.distance));
+      if constexpr (P == Padding::kExcluded) closer &= load_mask<T>(row.valid + i * N);
+      best.distance = closer ? distance : best.distance;
+      best.x = closer ? x : best.x;
+      if constexpr (BACKWARD) {
+        V<T> grad = load(row.grad + i * N);
+        if constexpr (P == Padding::kZeros) grad = keep<T>(load_mask<T>(row.valid + i * N), grad);
+        best.grad = closer ? grad : best.grad;
+      }
+    };
+    sweep<T, ROWS>(row.n, body, [] {});
+    if constexpr (ROWS) {
+      int lane = 0;
+      for (int i = 1; i < N; i++) lane = best.distance[i] < best.distance[lane] ? i : lane;
+      found.distance[r] = best.distance[lane], found.x[r] = best.x[lane], found.grad[r] = best.grad[lane];
+    } else {
+      found = best;
     }
-  };
-  sweep<T, ROWS>(g.n, body, [] {});
-  if constexpr (ROWS) {
-    int lane = 0;
-    for (int i = 1; i < N; i++) lane = best.distance[i] < best.distance[lane] ? i : lane;
-    best = {splat<T>(best.distance[lane]), splat<T>(best.x[lane]), splat<T>(best.grad[lane])};
-  }
-  return best;
+  });
 }
 
 template <class T>
-DAAM_INLINE void move_origin(Origin<T>& o, Mask<T> moved, Nearest<T> to, const Statistics<T>& s, const Head<T>& head) {
-  const V<T> peak = ((to.x - s.high) - (s.low + head.center)) * o.scale;
+DAAM_INLINE void move_origin(
+    Origin<T>& o, Mask<T> moved, const Nearest<T>& to, const Statistics<T>& s, const Heads<T>& heads) {
+  const V<T> peak = ((to.x - s.high) - (s.low + heads.center)) * o.scale;
   o.grad = moved ? to.grad : o.grad;
   set_origin<T>(o, moved ? to.x : o.high, moved ? V<T>{} : o.low, moved ? peak : o.peak);
 }
 
-template <class T, bool EXACT>
-DAAM_INLINE V<T> density(V<T> z, const Origin<T>& o) {
+template <bool EXACT, class Lanes>
+DAAM_INLINE Lanes density(Lanes z, Lanes twice) {
   if constexpr (!EXACT) return exp2_negative(-(z * z));
-  const V<T> rise = -(z * (z + o.twice));
-  return exp2_negative(rise > 0 ? V<T>{} : rise);  // rounding may hide which of two elements is nearer
+  const Lanes rise = -(z * (z + twice));
+  return exp2_negative(rise > 0 ? Lanes{} : rise);  // rounding may hide which of two elements is nearer
 }
 
-// Densities over the one at the origin, stored; and their sum. In the backward also z, and q, the gradient of the
-// weights less its value at the origin (written so that neither a constant gradient nor an offset of x cancels), whose
-// weighted sum comes second.
-template <class T>
-struct Scratch {
-  T *density, *z, *q;
-};
-
+// Sums over slices of the densities over the one at the origin, and in the backward of those times q, the gradient of
+// the weights less its value at the origin. q is written so that neither a constant gradient nor an offset of x cancels.
 template <class T>
 struct Totals {
   V<T> density, q;
 };
 
+// Keeps the densities, and in the backward z and q.
 template <class T, bool ROWS, Padding P, bool BACKWARD, bool EXACT>
-DAAM_INLINE Totals<T> densities(const Group<T>& g, const Origin<T>& o, const Scratch<T>& scratch, const Ahead& ahead) {
+DAAM_INLINE void find_densities(const Group<T>& g, Mask<T> asked, const Origin<T>& o, Totals<T>& found) {
   constexpr int N = Vector<T>::N;
-  Sum<T> sum, sum_q;
-  const auto body = [&](int64_t i, auto within, auto) __attribute__((always_inline)) {
-    ahead.touch<BACKWARD>(i);
-    const V<T> from_high = load(g.x + i * N) - o.high;
-    V<T> z = from_high * o.scale - o.shift;
-    V<T> m = within(density<T, EXACT>(z, o));
-    if constexpr (P == Padding::kExcluded) m = keep<T>(load_mask<T>(g.valid + i * N), m);
-    store<T>(scratch.density + i * N, m);
-    sum += m;
-    if constexpr (BACKWARD) {
-      V<T> grad = load(g.grad + i * N), q;
-      if constexpr (P == Padding::kNone) {
-        q = (grad - o.grad) * o.high + grad * from_high;
-      } else {  // what is padding may be infinite
-        const Mask<T> valid = load_mask<T>(g.valid + i * N);
-        grad = keep<T>(valid, grad);
-        q = (grad - o.grad) * o.high + keep<T>(valid, grad * from_high);
-        if constexpr (P == Padding::kExcluded) q = keep<T>(valid, q);
-        z = keep<T>(valid | (Mask<T>)(m > 0), z);
+  each_row<T, ROWS>(g, asked, [&](int r) __attribute__((always_inline)) {
+    const Row<T> row = g.row[r];
+    const Ahead ahead = g.ahead[r];
+    const V<T> high = of_row<T, ROWS>(o.high, r), scale = of_row<T, ROWS>(o.scale, r);
+    const V<T> shift = of_row<T, ROWS>(o.shift, r), twice = of_row<T, ROWS>(o.twice, r);
+    const V<T> origin_grad = of_row<T, ROWS>(o.grad, r);
+    Sum<T> sum, sum_q;
+    const auto body = [&](int64_t i, auto within, auto) __attribute__((always_inline)) {
+      ahead.touch<BACKWARD>(i);
+      const V<T> from_high = load(row.x + i * N) - high;
+      V<T> z = from_high * scale - shift, m = within(density<EXACT>(z, twice));
+      if constexpr (P == Padding::kExcluded) m = keep<T>(load_mask<T>(row.valid + i * N), m);
+      store<T>(row.density + i * N, m);
+      sum += m;
+      if constexpr (BACKWARD) {
+        V<T> grad = load(row.grad + i * N), q;
+        if constexpr (P == Padding::kNone) {
+          q = (grad - origin_grad) * high + grad * from_high;
+        } else {  // what is padding may be infinite
+          const Mask<T> valid = load_mask<T>(row.valid + i * N);
+          grad = keep<T>(valid, grad);
+          q = (grad - origin_grad) * high + keep<T>(valid, grad * from_high);
+          if constexpr (P == Padding::kExcluded) q = keep<T>(valid, q);
+          z = keep<T>(valid | (Mask<T>)(m > 0), z);
+        }
+        store<T>(row.z + i * N, z);
+        store<T>(row.q + i * N, q);
+        sum_q.block += m * q;
       }
-      store<T>(scratch.z + i * N, z);
-      store<T>(scratch.q + i * N, q);
-      sum_q.block += m * q;
-    }
-  };
-  sweep<T, ROWS>(g.n, body, [&]() __attribute__((always_inline)) { sum.flush(), sum_q.flush(); });
-  return {across<T, ROWS>(sum.total), BACKWARD ? across<T, ROWS>(sum_q.total) : V<T>{}};
+    };
+    sweep<T, ROWS>(row.n, body, [&]() __attribute__((always_inline)) { sum.flush(), sum_q.flush(); });
+    set_sum<T, ROWS>(found.density, r, sum.total);
+    if (BACKWARD) set_sum<T, ROWS>(found.q, r, sum_q.total);
+  });
 }
 
 // Slices whose densities relative to the centre's are too small to be exact.
@@ -326,6 +388,37 @@ DAAM_INLINE Mask<T> too_far(V<T> total, V<T> count) {
   return total < (least > (T)0.25 ? least : splat<T>((T)0.25));
 }
 
+// y's gradient at the first element of each slice that is not padding; 0 where all of it is.
+template <class T, bool ROWS, Padding P>
+DAAM_INLINE V<T> first_gradients(const Group<T>& g) {
+  constexpr int N = Vector<T>::N;
+  V<T> first{};
+  if constexpr (ROWS) {
+    for (int r = 0; r < g.count; r++) {
+      const Row<T>& row = g.row[r];
+      int64_t i = 0;
+      if constexpr (P != Padding::kNone)
+        while (i < row.n && !row.valid[i]) i++;
+      first[r] = i < row.n ? row.grad[i] : 0;
+    }
+    return first;
+  }
+  const Row<T>& row = g.row[0];
+  first = load(row.grad);
+  if constexpr (P != Padding::kNone) {
+    Mask<T> found = load_mask<T>(row.valid);
+    first = keep<T>(found, first);
+    for (int64_t i = 1; i < row.n && any(~found); i++) {
+      const Mask<T> valid = load_mask<T>(row.valid + i * N);
+      first = valid & ~found ? load(row.grad + i * N) : first;
+      found |= valid;
+    }
+  }
+  return first;
+}
+
+// Weights
+
 template <class T>
 struct Normaliser {
   V<T> factor;  // of a density, to be a weight
@@ -333,168 +426,152 @@ struct Normaliser {
 };
 
 template <class T>
-DAAM_INLINE Normaliser<T> normaliser(V<T> total, const Origin<T>& o, V<T> var, const Head<T>& head, bool softmax) {
+DAAM_INLINE Normaliser<T> find_normaliser(
+    V<T> total, const Origin<T>& o, const Statistics<T>& s, const Heads<T>& heads, bool softmax) {
   Normaliser<T> f = {1 / total, Mask<T>{}};
   if (softmax) return f;
   // The sum of densities is total 2^largest eps.
-  const V<T> largest = -(o.peak * o.peak + head.spread / var * (T)(0.5 * kLog2E) + head.level);
+  const V<T> largest = -(o.peak * o.peak + heads.spread * s.rstd * s.rstd * (T)(0.5 * kLog2E) + heads.level);
+  if (!any((Mask<T>)(largest < 2) | (Mask<T>)(total < (T)0.25))) return f;
   const V<T> power = exp2_negative(-absolute<T>(largest));
   f.clamped = largest < 0 ? (Mask<T>)(total * power < 1) : (Mask<T>)(total < power);
   f.factor = f.clamped ? (largest < 0 ? power : 1 / power) : f.factor;
   return f;
 }
 
+// Slices of fewer than two valid elements stay as they are.
 template <class T, Padding P>
 DAAM_INLINE Mask<T> skipped_slices(V<T> count) {
   if constexpr (P == Padding::kExcluded) return count < 2;
   return Mask<T>{};
 }
 
-// y = x w, over x or elsewhere, and the weights where asked for.
+// y = x w, and the weights where asked for.
 template <class T, bool ROWS, Padding P>
-DAAM_INLINE void weigh(
-    const Group<T>& g, const Normaliser<T>& f, Mask<T> skipped, bool residual, const T* densities, T* y, T* weights) {
+DAAM_INLINE void write_output(const Group<T>& g, const Normaliser<T>& f, V<T> count, bool residual) {
   constexpr int N = Vector<T>::N;
-  const V<T> factor = keep<T>(~skipped, f.factor), more = splat<T>(residual);
-  const V<T> added = skipped ? more + 1 : more;
-  if (weights)
-    sweep<T, ROWS>(
-        g.n,
-        [&](int64_t i, auto, auto) __attribute__((always_inline)) {
-          V<T> w = load(densities + i * N) * factor;
-          if constexpr (P == Padding::kExcluded) {
-            const V<T> one = keep<T>(load_mask<T>(g.valid + i * N), splat<T>(1));
-            w = skipped ? one : w;
-          }
-          store<T>(weights + i * N, w);
-        },
-        [] {});
-  sweep<T, ROWS>(
-      g.n,
-      [&](int64_t i, auto, auto) __attribute__((always_inline)) {
-        const V<T> x = load(g.x + i * N);
-        V<T> w = load(densities + i * N) * factor + added;
-        if constexpr (P != Padding::kNone) w = load_mask<T>(g.valid + i * N) ? w : more + 1;
-        store<T>(y + i * N, x * w);
-      },
-      [] {});
+  const Mask<T> skipped = skipped_slices<T, P>(count);
+  const V<T> factors = keep<T>(~skipped, f.factor), more = splat<T>(residual);
+  const V<T> addends = more + keep<T>(skipped, splat<T>(1));
+  each_row<T, ROWS>(g, g.lanes(), [&](int r) __attribute__((always_inline)) {
+    const Row<T> row = g.row[r];
+    const V<T> factor = of_row<T, ROWS>(factors, r), added = of_row<T, ROWS>(addends, r);
+    if (row.weights) {
+      const auto body = [&](int64_t i, auto, auto) __attribute__((always_inline)) {
+        V<T> w = load(row.density + i * N) * factor;
+        if constexpr (P == Padding::kExcluded) w += keep<T>(load_mask<T>(row.valid + i * N), added - more);
+        store<T>(row.weights + i * N, w);
+      };
+      sweep<T, ROWS>(row.n, body, [] {});
+    }
+    const auto body = [&](int64_t i, auto, auto) __attribute__((always_inline)) {
+      const V<T> x = load(row.x + i * N);
+      V<T> w = load(row.density + i * N) * factor + added;
+      if constexpr (P != Padding::kNone) w = load_mask<T>(row.valid + i * N) ? w : more + 1;
+      store<T>(row.out + i * N, x * w);
+    };
+    sweep<T, ROWS, 4>(row.n, body, [] {});
+  });
 }
 
-// Sums over the slices of a head. Lanes are added at the end, in their order.
-template <class T, bool ROWS>
-struct Accumulated {
-  typename Vector<T>::wide t0{}, t0_v{}, u1_v{}, u2_v{};
-};
+// Gradients
 
-template <class T, bool ROWS>
-DAAM_INLINE void accumulate(typename Vector<T>::wide& sum, V<T> v, Mask<T> live) {
-  v = keep<T>(live, v);
-  if constexpr (ROWS)
-    sum[0] += v[0];
-  else
-    sum += __builtin_convertvector(v, typename Vector<T>::wide);
+template <class T>
+DAAM_INLINE V<T> mean_of_q(const Totals<T>& totals, const Normaliser<T>& f, const Origin<T>& o) {
+  return f.clamped ? -(o.grad * o.high) : totals.q * f.factor;  // where clamped, p = w q, and not w (q - mean)
 }
 
-// p, the gradient of the logarithm of the density, over q in memory; its sums with 1, z and z (z + twice).
+// Sums over slices of p, the gradient of the logarithm of the density, times 1, z and z (z + twice).
 template <class T>
 struct Slopes {
   V<T> t0, p1, p2;
 };
 
+// Writes p, still without the normaliser's factor, over q.
 template <class T, bool ROWS>
-DAAM_INLINE Slopes<T> slopes(int64_t n, const Origin<T>& o, const Scratch<T>& scratch, V<T> mean_q) {
+DAAM_INLINE void find_slopes(const Group<T>& g, const Origin<T>& o, const V<T>& mean_q, Slopes<T>& found) {
   constexpr int N = Vector<T>::N;
-  Sum<T> t0, p1, p2;
-  const auto body = [&](int64_t i, auto, auto) __attribute__((always_inline)) {
-    const V<T> z = load(scratch.z + i * N), p = load(scratch.density + i * N) * (load(scratch.q + i * N) - mean_q);
-    const V<T> pz = p * z;
-    store<T>(scratch.q + i * N, p);
-    t0 += p;
-    p1 += pz;
-    p2.block += pz * (z + o.twice);
-  };
-  sweep<T, ROWS>(n, body, [&]() __attribute__((always_inline)) { t0.flush(), p1.flush(), p2.flush(); });
-  return {across<T, ROWS>(t0.total), across<T, ROWS>(p1.total), across<T, ROWS>(p2.total)};
+  each_row<T, ROWS>(g, g.lanes(), [&](int r) __attribute__((always_inline)) {
+    const Row<T> row = g.row[r];
+    const V<T> mean = of_row<T, ROWS>(mean_q, r), twice = of_row<T, ROWS>(o.twice, r);
+    Sum<T> t0, p1, p2;
+    const auto body = [&](int64_t i, auto, auto) __attribute__((always_inline)) {
+      const V<T> z = load(row.z + i * N), p = load(row.density + i * N) * (load(row.q + i * N) - mean), pz = p * z;
+      store<T>(row.q + i * N, p);
+      t0 += p;
+      p1 += pz;
+      p2.block += pz * (z + twice);
+    };
+    sweep<T, ROWS>(row.n, body, [&]() __attribute__((always_inline)) { t0.flush(), p1.flush(), p2.flush(); });
+    set_sum<T, ROWS>(found.t0, r, t0.total);
+    set_sum<T, ROWS>(found.p1, r, p1.total);
+    set_sum<T, ROWS>(found.p2, r, p2.total);
+  });
 }
 
-// What of the incoming gradient reaches x through the mean, the variance and the densities, per slice.
+// What each slice adds to its head's sums: see HeadSums.
 template <class T>
-struct Through {
-  V<T> factor, constant, linear, slope, added;  // slope: of p (z + peak); linear: of z
+struct SliceSums {
+  V<T> t0, t0_v, u1_v, u2_v;
 };
 
-template <class T, bool ROWS, Padding P>
+// How y's gradient reaches x: directly, by p, and through the mean and the variance.
+template <class T>
+struct Through {
+  V<T> factor, added;     // of the gradient itself: the weight, and what is added to it
+  V<T> slope;             // of p (z + peak)
+  V<T> constant, linear;  // linear: of z
+};
+
+template <class T, Padding P>
 DAAM_INLINE Through<T> gradient_through(
-    const Slopes<T>& raw, const Normaliser<T>& f, const Origin<T>& o, const Statistics<T>& s, const Head<T>& head,
-    bool residual, Mask<T> lanes, Accumulated<T, ROWS>& sums) {
+    const Slopes<T>& raw, const Normaliser<T>& f, const Origin<T>& o, const Statistics<T>& s, const Heads<T>& heads,
+    bool residual, SliceSums<T>& sums) {
   constexpr T L = (T)(0.5 * kLog2E);
-  const Mask<T> skipped = skipped_slices<T, P>(s.count), live = ~skipped & lanes;
-  const V<T> members = s.count > 2 ? s.count : splat<T>(2), rstd = 1 / square_root(s.var);
-  const V<T> factor = keep<T>(~skipped, f.factor);
+  const Mask<T> live = ~skipped_slices<T, P>(s.count);
+  const V<T> members = members_of<T>(s.count), factor = keep<T>(live, f.factor);
   // Without the clamp the p of a slice sum to 0: rounding must not say otherwise.
-  const V<T> t0 = keep<T>(f.clamped & ~skipped, raw.t0 * factor);
-  const V<T> p1 = keep<T>(~skipped, raw.p1 * factor) + o.peak * t0;
-  const V<T> p2 = keep<T>(~skipped, raw.p2 * factor) + o.peak * o.peak * t0;
-  const V<T> t0_v = t0 * rstd * rstd;
-  accumulate<T, ROWS>(sums.t0, t0, live);
-  accumulate<T, ROWS>(sums.t0_v, t0_v, live);
-  accumulate<T, ROWS>(sums.u1_v, p1 * rstd / head.root, live);
-  accumulate<T, ROWS>(sums.u2_v, p2 / (head.root * head.root), live);
+  const V<T> t0 = keep<T>(f.clamped & live, raw.t0 * factor);
+  const V<T> p1 = keep<T>(live, raw.p1 * factor) + o.peak * t0;
+  const V<T> p2 = keep<T>(live, raw.p2 * factor) + o.peak * o.peak * t0;
+  const V<T> t0_v = t0 * s.rstd * s.rstd, from_mean = ((o.high - s.high) + (o.low - s.low)) * o.scale;
+  sums = {t0, t0_v, p1 * s.rstd / heads.root, p2 / (heads.root * heads.root)};
   Through<T> t;
   t.factor = factor;
-  t.linear = (p2 / L + head.spread * t0_v) * rstd / (head.root * (members - 1));
-  const V<T> from_mean = ((o.high - s.high) + (o.low - s.low)) * o.scale;
-  t.constant = o.scale * p1 / (L * members) + t.linear * from_mean;
+  t.added = splat<T>(residual) + keep<T>(~live, splat<T>(1));
   t.slope = -factor * o.scale / L;
-  const V<T> more = splat<T>(residual);
-  t.added = skipped ? more + 1 : more;
+  t.linear = (p2 / L + heads.spread * t0_v) * s.rstd / (heads.root * (members - 1));
+  t.constant = o.scale * p1 / (L * members) + t.linear * from_mean;
   return t;
 }
 
 template <class T, bool ROWS, Padding P>
-DAAM_INLINE void write_gradient(
-    const Group<T>& g, const Through<T>& t, const Origin<T>& o, const Scratch<T>& scratch, bool residual, T* dx) {
+DAAM_INLINE void write_gradient(const Group<T>& g, const Through<T>& t, const Origin<T>& o, bool residual) {
   constexpr int N = Vector<T>::N;
   const V<T> more = splat<T>(residual);
-  const auto body = [&](int64_t i, auto, auto) __attribute__((always_inline)) {
-    const V<T> grad = load(g.grad + i * N), z = load(scratch.z + i * N), p = load(scratch.q + i * N);
-    V<T> d = grad * (load(scratch.density + i * N) * t.factor + t.added) + (t.linear * z + t.constant);
-    if constexpr (P == Padding::kExcluded) {
-      d += p * t.slope * (z + o.peak);
-      d = load_mask<T>(g.valid + i * N) ? d : grad * (more + 1);
-    } else {
-      if constexpr (P == Padding::kZeros) d = load_mask<T>(g.valid + i * N) ? d : grad * (more + 1);
-      d += p * t.slope * (z + o.peak);
-    }
-    store<T>(dx + i * N, d);
-  };
-  sweep<T, ROWS>(g.n, body, [] {});
+  each_row<T, ROWS>(g, g.lanes(), [&](int r) __attribute__((always_inline)) {
+    const Row<T> row = g.row[r];
+    const V<T> factor = of_row<T, ROWS>(t.factor, r), added = of_row<T, ROWS>(t.added, r);
+    const V<T> slope = of_row<T, ROWS>(t.slope, r), peak = of_row<T, ROWS>(o.peak, r);
+    const V<T> constant = of_row<T, ROWS>(t.constant, r), linear = of_row<T, ROWS>(t.linear, r);
+    const auto body = [&](int64_t i, auto, auto) __attribute__((always_inline)) {
+      const V<T> grad = load(row.grad + i * N), z = load(row.z + i * N), p = load(row.q + i * N) * slope;
+      V<T> d = grad * (load(row.density + i * N) * factor + added) + (linear * z + constant);
+      if constexpr (P == Padding::kExcluded) {
+        d += p * (z + peak);
+        d = load_mask<T>(row.valid + i * N) ? d : grad * (more + 1);
+      } else {
+        if constexpr (P == Padding::kZeros) d = load_mask<T>(row.valid + i * N) ? d : grad * (more + 1);
+        d += p * (z + peak);
+      }
+      store<T>(row.out + i * N, d);
+    };
+    sweep<T, ROWS>(row.n, body, [] {});
+  });
 }
 
-// y's gradient at the first element of each slice that is not padding; 0 where all of it is.
-template <class T, bool ROWS, Padding P>
-DAAM_INLINE V<T> first_gradient(const Group<T>& g) {
-  constexpr int N = Vector<T>::N;
-  if constexpr (ROWS) {
-    int64_t i = 0;
-    if constexpr (P != Padding::kNone)
-      while (i < g.n && !g.valid[i]) i++;
-    return splat<T>(i < g.n ? g.grad[i] : 0);
-  }
-  V<T> first = load(g.grad);
-  if constexpr (P != Padding::kNone) {
-    Mask<T> found = load_mask<T>(g.valid);
-    first = keep<T>(found, first);
-    for (int64_t i = 1; i < g.n && any(~found); i++) {
-      const Mask<T> valid = load_mask<T>(g.valid + i * N);
-      first = valid & ~found ? load(g.grad + i * N) : first;
-      found |= valid;
-    }
-  }
-  return first;
-}
+// Whole slices
 
-// Statistics, origin, densities and their sums of a group that is whole.
 template <class T>
 struct Density {
   Statistics<T> statistics;
@@ -503,52 +580,42 @@ struct Density {
 };
 
 template <class T, bool ROWS, Padding P, bool BACKWARD>
-DAAM_INLINE Density<T> evaluate(
-    const Group<T>& g, const Head<T>& head, const Rules& rules, const Scratch<T>& scratch, const Ahead& ahead) {
-  Density<T> d;
-  d.statistics = statistics<T, ROWS, P>(g, rules.eps);
-  d.origin = origin_at_center<T>(d.statistics, head);
-  if constexpr (BACKWARD) d.origin.grad = first_gradient<T, ROWS, P>(g);
-  Mask<T> moved = ~Mask<T>{};
-  if (!head.narrow) {
-    d.totals = densities<T, ROWS, P, BACKWARD, false>(g, d.origin, scratch, ahead);
-    moved = too_far<T>(d.totals.density, d.statistics.count);
+DAAM_INLINE Density<T> evaluate(const Group<T>& g, double eps) {
+  Density<T> d{};
+  d.statistics = find_statistics<T, ROWS, P>(g, eps);
+  origin_at_center<T>(d.origin, d.statistics, g.heads);
+  if constexpr (BACKWARD) d.origin.grad = first_gradients<T, ROWS, P>(g);
+  const Mask<T> lanes = g.lanes(), easy = lanes & ~g.heads.narrow;
+  Mask<T> moved = lanes & g.heads.narrow;
+  if (any(easy)) {
+    find_densities<T, ROWS, P, BACKWARD, false>(g, easy, d.origin, d.totals);
+    moved |= easy & too_far<T>(d.totals.density, d.statistics.count);
   }
   if (any(moved)) {
-    const Nearest<T> to = nearest<T, ROWS, P, BACKWARD>(g, d.statistics, head);
-    move_origin<T>(d.origin, moved, to, d.statistics, head);
-    d.totals = densities<T, ROWS, P, BACKWARD, true>(g, d.origin, scratch, ahead);
+    Nearest<T> to{};
+    find_nearest<T, ROWS, P, BACKWARD>(g, moved, d.statistics, to);
+    move_origin<T>(d.origin, moved, to, d.statistics, g.heads);
+    find_densities<T, ROWS, P, BACKWARD, true>(g, moved, d.origin, d.totals);
   }
   return d;
 }
 
 template <class T, bool ROWS, Padding P>
-void forward_group(
-    const Group<T>& g, const Head<T>& head, const Rules& rules, const Scratch<T>& scratch, const Ahead& ahead, T* y,
-    T* weights) {
-  const Density<T> d = evaluate<T, ROWS, P, false>(g, head, rules, scratch, ahead);
-  const Normaliser<T> f = normaliser<T>(d.totals.density, d.origin, d.statistics.var, head, rules.softmax);
-  const Mask<T> skipped = skipped_slices<T, P>(d.statistics.count);
-  weigh<T, ROWS, P>(g, f, skipped, rules.residual, scratch.density, y, weights);
-}
-
-template <class T>
-DAAM_INLINE V<T> mean_of_q(const Totals<T>& totals, const Normaliser<T>& f, const Origin<T>& o) {
-  return f.clamped ? -(o.grad * o.high) : totals.q * f.factor;  // where clamped, p = w q, and not w (q - mean)
+void forward_group(const Group<T>& g, const Rules& rules) {
+  const Density<T> d = evaluate<T, ROWS, P, false>(g, rules.eps);
+  const Normaliser<T> f = find_normaliser<T>(d.totals.density, d.origin, d.statistics, g.heads, rules.softmax);
+  write_output<T, ROWS, P>(g, f, d.statistics.count, rules.residual);
 }
 
 template <class T, bool ROWS, Padding P>
-void backward_group(
-    const Group<T>& g, const Head<T>& head, const Rules& rules, const Scratch<T>& scratch, const Ahead& ahead, T* dx,
-    Accumulated<T, ROWS>& sums) {
-  const Density<T> d = evaluate<T, ROWS, P, true>(g, head, rules, scratch, ahead);
-  const Normaliser<T> f = normaliser<T>(d.totals.density, d.origin, d.statistics.var, head, rules.softmax);
+void backward_group(const Group<T>& g, const Rules& rules, SliceSums<T>& sums) {
+  const Density<T> d = evaluate<T, ROWS, P, true>(g, rules.eps);
+  const Normaliser<T> f = find_normaliser<T>(d.totals.density, d.origin, d.statistics, g.heads, rules.softmax);
   const V<T> mean_q = mean_of_q<T>(d.totals, f, d.origin);
-  const Slopes<T> raw = slopes<T, ROWS>(g.n, d.origin, scratch, mean_q);
-  const Mask<T> lanes = ROWS ? ~Mask<T>{} : g.lanes;
-  const Through<T> t =
-      gradient_through<T, ROWS, P>(raw, f, d.origin, d.statistics, head, rules.residual, lanes, sums);
-  write_gradient<T, ROWS, P>(g, t, d.origin, scratch, rules.residual, dx);
+  Slopes<T> raw{};
+  find_slopes<T, ROWS>(g, d.origin, mean_q, raw);
+  const Through<T> t = gradient_through<T, P>(raw, f, d.origin, d.statistics, g.heads, rules.residual, sums);
+  write_gradient<T, ROWS, P>(g, t, d.origin, rules.residual);
 }
 
 }  // namespace

@@ -17,7 +17,8 @@ struct Lanes {
   }
   // Whether the slices are neighbours in memory too.
   DAAM_INLINE bool adjacent(const daam_strides& s) const {
-    return count == 1 || (offset(count - 1, s) - offset(0, s) == count - 1 && offset(1, s) - offset(0, s) == 1);
+    if (first % inner + count <= inner) return count == 1 || s.inner == 1;
+    return s.inner == 1 && s.outer == inner;
   }
 };
 

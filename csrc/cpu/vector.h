@@ -121,20 +121,24 @@ DAAM_INLINE V<T> absolute(V<T> v) {
   return (V<T>)((Mask<T>)v & ~(sign - Mask<T>{}));
 }
 
-template <class T>
-DAAM_INLINE T sum_of_lanes(V<T> v) {
-  T sum = 0;
-  if constexpr (Vector<T>::N >= 4) {  // in pairs, as wide as the vector is
-    T half[Vector<T>::N];
-    store<T>(half, v);
-    for (int width = Vector<T>::N / 2; width; width /= 2)
-      for (int i = 0; i < width; i++) half[i] += half[i + width];
-    sum = half[0];
-  } else {
-    for (int i = 0; i < Vector<T>::N; i++) sum += v[i];
-  }
-  return sum;
+#if DAAM_X86 && DAAM_VECTOR_BYTES == 32
+DAAM_INLINE float sum_of_lanes(V<float> v) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
+DAAM_INLINE double sum_of_lanes(V<double> v) {
+  const __m128d sum = _mm_add_pd(_mm256_castpd256_pd128((__m256d)v), _mm256_extractf128_pd((__m256d)v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(sum, _mm_unpackhi_pd(sum, sum)));
+}
+#else
+template <class Lanes>
+DAAM_INLINE auto sum_of_lanes(Lanes v) {
+  for (int width = sizeof v / sizeof v[0] / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) v[i] += v[i + width];
+  return v[0];
+}
+#endif
 
 // 2^x for x <= 0, to about a unit in the last place: 0 from 2^-127 (2^-1023) on, and NaN stays NaN.
 DAAM_INLINE V<float> exp2_negative(V<float> x) {
@@ -263,9 +267,8 @@ DAAM_INLINE void finish_streaming() {
 // Lanes [0, count) of a vector.
 template <class T>
 DAAM_INLINE Mask<T> first_lanes(int64_t count) {
-  Mask<T> mask;
-  for (int i = 0; i < Vector<T>::N; i++) mask[i] = i < count ? -1 : 0;
-  return mask;
+  constexpr typename Vector<T>::integer lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load_mask<T>(lanes) < (typename Vector<T>::integer)(count < 16 ? count : 16);
 }
 
 }  // namespace
