@@ -117,6 +117,7 @@ DAAM_INLINE void sweep(int64_t n, Body body, AfterBlock after_block) {
         body(i + 2, Whole(), Slot<2>());
         body(i + 3, Whole(), Slot<3>());
       }
+#pragma GCC unroll 2
     for (; i < end; i++) body(i, Whole(), Slot<0>());
     after_block();
   }
@@ -329,9 +330,9 @@ DAAM_INLINE void move_origin(
 
 template <bool EXACT, class Lanes>
 DAAM_INLINE Lanes density(Lanes z, Lanes twice) {
-  if constexpr (!EXACT) return exp2_negative(-(z * z));
-  const Lanes rise = -(z * (z + twice));
-  return exp2_negative(rise > 0 ? Lanes{} : rise);  // rounding may hide which of two elements is nearer
+  if constexpr (!EXACT) return exp2_minus(z * z);
+  const Lanes fall = z * (z + twice);
+  return exp2_minus(fall < 0 ? Lanes{} : fall);  // rounding may hide which of two elements is nearer
 }
 
 // Sums over slices of the densities over the one at the origin, and in the backward of those times q, the gradient of
@@ -433,7 +434,7 @@ DAAM_INLINE Normaliser<T> find_normaliser(
   // The sum of densities is total 2^largest eps.
   const V<T> largest = -(o.peak * o.peak + heads.spread * s.rstd * s.rstd * (T)(0.5 * kLog2E) + heads.level);
   if (!any((Mask<T>)(largest < 2) | (Mask<T>)(total < (T)0.25))) return f;
-  const V<T> power = exp2_negative(-absolute<T>(largest));
+  const V<T> power = exp2_minus(absolute<T>(largest));
   f.clamped = largest < 0 ? (Mask<T>)(total * power < 1) : (Mask<T>)(total < power);
   f.factor = f.clamped ? (largest < 0 ? power : 1 / power) : f.factor;
   return f;

@@ -84,11 +84,11 @@ DAAM_INLINE V<T> keep(Mask<T> mask, V<T> v) {
   return (V<T>)((Mask<T>)v & mask);
 }
 
-// What there is an instruction for that plain C++ does not lead to: the larger of two, b where either is no number;
+// What there is an instruction for that plain C++ does not lead to: the smaller of two, b where either is no number;
 // whether any lane of a mask is set; the square root.
 #if DAAM_X86 && DAAM_VECTOR_BYTES == 32
-DAAM_INLINE V<float> maximum(V<float> a, V<float> b) { return (V<float>)_mm256_max_ps((__m256)a, (__m256)b); }
-DAAM_INLINE V<double> maximum(V<double> a, V<double> b) { return (V<double>)_mm256_max_pd((__m256d)a, (__m256d)b); }
+DAAM_INLINE V<float> minimum(V<float> a, V<float> b) { return (V<float>)_mm256_min_ps((__m256)a, (__m256)b); }
+DAAM_INLINE V<double> minimum(V<double> a, V<double> b) { return (V<double>)_mm256_min_pd((__m256d)a, (__m256d)b); }
 DAAM_INLINE V<float> square_root(V<float> v) { return (V<float>)_mm256_sqrt_ps((__m256)v); }
 DAAM_INLINE V<double> square_root(V<double> v) { return (V<double>)_mm256_sqrt_pd((__m256d)v); }
 template <class M>
@@ -97,8 +97,8 @@ DAAM_INLINE bool any(M mask) {
 }
 #else
 template <class Lanes>
-DAAM_INLINE Lanes maximum(Lanes a, Lanes b) {
-  return a > b ? a : b;
+DAAM_INLINE Lanes minimum(Lanes a, Lanes b) {
+  return a < b ? a : b;
 }
 
 template <class Lanes>
@@ -140,11 +140,11 @@ DAAM_INLINE auto sum_of_lanes(Lanes v) {
 }
 #endif
 
-// 2^x for x <= 0, to about a unit in the last place: 0 from 2^-127 (2^-1023) on, and NaN stays NaN.
-DAAM_INLINE V<float> exp2_negative(V<float> x) {
-  constexpr float shift = 12582912.f + 127.f;  // its last bits hold round(x) + 127 then: the exponent of the power
-  x = maximum(splat<float>(-127.f), x);
-  const V<float> t = x + shift, r = x - (t - shift);
+// 2^-x for x >= 0, to about a unit in the last place: 0 from x = 127 (1023) on, and NaN stays NaN.
+DAAM_INLINE V<float> exp2_minus(V<float> x) {
+  constexpr float shift = 12582912.f + 127.f;  // its last bits hold 127 - round(x) then: the exponent of the power
+  x = minimum(splat<float>(127.f), x);
+  const V<float> t = shift - x, r = (shift - t) - x;
   V<float> p = splat<float>(1.535336188319500e-4f);
   p = p * r + 1.339887440266574e-3f;
   p = p * r + 9.618437357674640e-3f;
@@ -155,10 +155,10 @@ DAAM_INLINE V<float> exp2_negative(V<float> x) {
   return p * (V<float>)((Mask<float>)t << 23);
 }
 
-DAAM_INLINE V<double> exp2_negative(V<double> x) {
+DAAM_INLINE V<double> exp2_minus(V<double> x) {
   constexpr double shift = 6755399441055744.0 + 1023.0;
-  x = maximum(splat<double>(-1023.0), x);
-  const V<double> t = x + shift, r = (x - (t - shift)) * 0.6931471805599453;
+  x = minimum(splat<double>(1023.0), x);
+  const V<double> t = shift - x, r = ((shift - t) - x) * 0.6931471805599453;
   V<double> p = splat<double>(1.0 / 6227020800.0);
   p = p * r + 1.0 / 479001600.0;
   p = p * r + 1.0 / 39916800.0;
