@@ -14,7 +14,7 @@ import sys
 from ctypes import c_double, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -173,8 +173,11 @@ def density_forward(
         return
     mean_offsets, c = _served(mean_offsets), _served(c)
     known, (x,), mask = _prepare(mean_offsets, c, mask, options, y, x)
-    pointers = [known.address, *map(_pointer, (x, mean_offsets, c, mask, y, weights))]
     library = _library()
+    pointers = (
+        known.address, x.data_ptr(), mean_offsets.data_ptr(), c.data_ptr(), _pointer(mask), y.data_ptr(),
+        _pointer(weights),
+    )  # fmt: skip
     if x.is_cpu:
         code = library.forward(*pointers, library.parallel_for)
     else:
@@ -192,12 +195,16 @@ def density_backward(
         dx, d_offsets, d_c = density_backward(grad, x, _served(mean_offsets), _served(c), mask, options)
         return dx, d_offsets.to(mean_offsets.dtype), d_c.to(c.dtype)
     dx = torch.empty_like(x)
-    d_offsets, d_c = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (mean_offsets, c))
+    d_offsets = torch.empty_like(mean_offsets, memory_format=torch.contiguous_format)
+    d_c = torch.empty_like(c, memory_format=torch.contiguous_format)
     if not x.numel():
         return dx, d_offsets.zero_(), d_c.zero_()
     known, (x, grad), mask = _prepare(mean_offsets, c, mask, options, dx, x, grad)
-    pointers = [known.address, *map(_pointer, (grad, x, mean_offsets, c, mask, dx, d_offsets, d_c))]
     library = _library()
+    pointers = (
+        known.address, grad.data_ptr(), x.data_ptr(), mean_offsets.data_ptr(), c.data_ptr(), _pointer(mask),
+        dx.data_ptr(), d_offsets.data_ptr(), d_c.data_ptr(),
+    )  # fmt: skip
     if x.is_cpu:
         code = library.backward(*pointers, library.parallel_for)
     else:
@@ -210,7 +217,7 @@ def density_backward(
     return dx, d_offsets, d_c
 
 
-def _prepare(mean_offsets, c, mask, options, out, *tensors) -> tuple[Problem, tuple[Tensor, ...], Tensor | None]:
+def _prepare(mean_offsets, c, mask, options, out, *tensors) -> tuple[Problem, Sequence[Tensor], Tensor | None]:
     """The problem, and the tensors and the mask to give with it: copies where they have no view."""
     if mask is not None:
         mask = mask.expand(out.shape)
@@ -221,7 +228,7 @@ def _prepare(mean_offsets, c, mask, options, out, *tensors) -> tuple[Problem, tu
         else:
             *tensors, mask = with_views(out, options.norm_axis, *tensors, mask)
         known = problem(mean_offsets, c, mask, options, out, *tensors)
-    return known, tuple(tensors), mask
+    return known, tensors, mask
 
 
 @lru_cache(maxsize=4096)

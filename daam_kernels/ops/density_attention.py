@@ -73,7 +73,7 @@ def _remember(call: tuple, x: Tensor, mean_offsets: Tensor, c: Tensor, options: 
 
     def run(x, mean_offsets, c):
         if (x.requires_grad or c.requires_grad or mean_offsets.requires_grad) and torch.is_grad_enabled():
-            return _DensityAttention.apply(x, mean_offsets, c, None, options, False, "native")
+            return _Remembered.apply(x, mean_offsets, c, fill, options)
         y = torch.empty_like(x)
         fill(x, mean_offsets, c, y)
         return y
@@ -120,15 +120,15 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dmean_offsets, dc) of a backend by its own name; stats are what its forward saved, or None."""
-    if backend == "reference":
-        with torch.no_grad():
-            dx, *rest = _reference_backward(grad, x, mean_offsets, c, mask, options)
-        return _as_layout(dx, x), *rest
-    if backend != "triton":
+    if backend in ("native", "cuda"):
         return native.density_backward(grad, x, mean_offsets, c, mask, options)
-    from ..kernels.density_backward import density_backward
+    if backend == "triton":
+        from ..kernels.density_backward import density_backward
 
-    return density_backward(grad, x, mean_offsets, c, mask, stats, options)
+        return density_backward(grad, x, mean_offsets, c, mask, stats, options)
+    with torch.no_grad():
+        dx, *rest = _reference_backward(grad, x, mean_offsets, c, mask, options)
+    return _as_layout(dx, x), *rest
 
 
 class _DensityAttention(torch.autograd.Function):
@@ -150,16 +150,34 @@ class _DensityAttention(torch.autograd.Function):
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * 7
-        x, mean_offsets, c, mask, stats = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            gradients = _reference_backward(grad, x, mean_offsets, c, mask, ctx.options)
-        elif eager.is_plain(grad):
-            gradients = _backward(grad, x, mean_offsets, c, mask, _or_none(stats), ctx.options, ctx.backend)
-        else:
-            operator = torch.ops.daam_kernels.density_attention_backward.default
-            stats = x.new_empty(0) if stats is None else stats
-            gradients = operator(grad, x, mean_offsets, c, mask, stats, *ctx.options, ctx.backend)
+        gradients = _gradients(grad, *ctx.saved_tensors, ctx.options, ctx.backend)
         return (*gradients, None, None, None, None)
+
+
+class _Remembered(torch.autograd.Function):
+    """The same for a call that is remembered; ``fill`` computes y."""
+
+    @staticmethod
+    def forward(ctx, x, mean_offsets, c, fill, options):
+        y = torch.empty_like(x)
+        fill(x, mean_offsets, c, y)
+        ctx.save_for_backward(x, mean_offsets, c)
+        ctx.options = options
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (*_gradients(grad, *ctx.saved_tensors, None, None, ctx.options, "native"), None, None)
+
+
+def _gradients(grad, x, mean_offsets, c, mask, stats, options, backend):
+    """(dx, dmean_offsets, dc) in whatever way autograd asks for them."""
+    if torch.is_grad_enabled():
+        return _reference_backward(grad, x, mean_offsets, c, mask, options)
+    if eager.is_plain(grad):
+        return _backward(grad, x, mean_offsets, c, mask, _or_none(stats), options, backend)
+    operator = torch.ops.daam_kernels.density_attention_backward.default
+    return operator(grad, x, mean_offsets, c, mask, x.new_empty(0) if stats is None else stats, *options, backend)
 
 
 def _reference_backward(grad, x, mean_offsets, c, mask, options):
