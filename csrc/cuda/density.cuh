@@ -95,27 +95,26 @@ __device__ Numbers<S> find_numbers(
     n.mean[s] = sum[s] / members[s];
   }
 
-  // The deviations' own mean is what rounding left out of the mean.
-  float squares[S];
+  // The deviations' own mean is what rounding left out of the mean. It stays apart: narrow densities multiply it.
+  float rest[S], squares[S];
 #pragma unroll
-  for (int s = 0; s < S; s++) sum[s] = squares[s] = 0;
+  for (int s = 0; s < S; s++) rest[s] = squares[s] = 0;
   slices.sweep([&](const float(&x)[V], unsigned valid, int) {
     const unsigned domain = domain_of<PADDED>(task, valid);
 #pragma unroll
     for (int e = 0; e < V; e++) {
       if (!PADDED || has(domain, e)) {
         const float deviation = counted(x[e], valid, e) - n.mean[e % S];
-        sum[e % S] += deviation;
+        rest[e % S] += deviation;
         squares[e % S] += deviation * deviation;
       }
     }
   });
-  block.template reduce<Sum>(sum);
+  block.template reduce<Sum>(rest);
   block.template reduce<Sum>(squares);
 #pragma unroll
   for (int s = 0; s < S; s++) {
-    const bool alone = n.count[s] < 2;  // divided by 2: what is left is no error, and of no use
-    if (!alone) n.mean[s] += sum[s] / members[s];
+    rest[s] /= members[s];
     const float var = squares[s] / (members[s] - 1) + float(task.eps);
     n.rstd[s] = 1 / sqrtf(var > kFar ? kFar : var);
   }
@@ -144,7 +143,7 @@ __device__ Numbers<S> find_numbers(
     const float center = n.mean[s] + head.center;
     const float nearest = above[s] - center <= below[s] + center ? above[s] : -below[s];
     n.nearest[s] = fabsf(nearest) < kFar ? nearest : 0;
-    n.peak[s] = ((n.nearest[s] - n.mean[s]) - head.center) * n.rstd[s];
+    n.peak[s] = ((n.nearest[s] - n.mean[s]) - head.center - rest[s]) * n.rstd[s];
   }
   return n;
 }

@@ -19,12 +19,21 @@ from daam_kernels.slices import slice_view
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-IMAGE = ctypes.create_string_buffer(b"emulated")
 OPTIONS = DensityOptions(-1, None, "zero", "clamp", 1e-8, False)
 
 
 def compile_library(output: Path, *sources: str, flags: tuple[str, ...] = ()) -> Path:
-    command = ["g++", "-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-unknown-pragmas", *flags]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-fPIC",
+        "-shared",
+        "-ffp-contract=off",
+        "-Wno-unknown-pragmas",
+        *flags,
+    ]
     subprocess.run([*command, "-o", str(output), *(str(ROOT / s) for s in sources), "-ldl"], check=True)
     return output
 
@@ -55,25 +64,32 @@ def _set(variables):
 
 
 class Library:
-    """The daam_cuda_* functions of a compiled csrc/cuda, with ``driver`` in the place of libcuda."""
+    """The daam_cuda_* functions of a compiled csrc/cuda, with ``driver`` in the place of libcuda.
 
-    def __init__(self, host: Path, driver: Path):
-        self._host = ctypes.CDLL(str(host))
-        self._host.daam_cuda_density_forward.argtypes = [c_void_p] * 9
-        self._host.daam_cuda_density_backward.argtypes = [c_void_p] * 12
-        self._host.daam_cuda_workspace.argtypes = [c_void_p]
-        self._host.daam_cuda_workspace.restype = c_int64
-        self._host.daam_cuda_load.argtypes = [c_void_p]
+    Each has an image of its own, and so asks the driver anew what the device can.
+    """
+
+    def __init__(self, host: Path, driver: Path, image: bytes = b"emulated"):
+        self._paths, self._buffer = (host, driver), ctypes.create_string_buffer(image)
+        self.image = ctypes.addressof(self._buffer)
+        self.host = ctypes.CDLL(str(host))
+        self.host.daam_cuda_density_forward.argtypes = [c_void_p] * 9
+        self.host.daam_cuda_density_backward.argtypes = [c_void_p] * 12
+        self.host.daam_cuda_workspace.argtypes = [c_void_p]
+        self.host.daam_cuda_workspace.restype = c_int64
+        self.host.daam_cuda_load.argtypes = [c_void_p]
         with environment(DAAM_KERNELS_CUDA_DRIVER=str(driver)):
-            self.status = self.load()  # the driver is looked for once
+            self.status = self.host.daam_cuda_load(self.image)  # the driver is looked for once
         self._launches = c_int.in_dll(ctypes.CDLL(str(driver)), "emulated_launches") if driver.exists() else None
 
     @property
     def launches(self) -> int:
         return self._launches.value
 
-    def load(self, image=IMAGE) -> int:
-        return self._host.daam_cuda_load(ctypes.addressof(image))
+    def on_device(self, shared_bytes: int) -> Library:
+        """The same on a device whose blocks have no more shared memory."""
+        with environment(EMULATION_SHARED_BYTES=str(shared_bytes)):
+            return Library(*self._paths)
 
     def forward(
         self, x: Tensor, mean_offsets: Tensor, c: Tensor, mask: Tensor | None = None, *,
@@ -83,7 +99,7 @@ class Library:
         y = torch.empty_like(x) if y is None else y
         known = _problem(x, mean_offsets, c, mask, options, y, x)
         pointers = (_pointer(t) for t in (x, mean_offsets, c, mask, y, weights))
-        self._check(self._host.daam_cuda_density_forward(known.address, *pointers, ctypes.addressof(IMAGE), None))
+        self._check(self.host.daam_cuda_density_forward(known.address, *pointers, self.image, None))
         return y
 
     def backward(
@@ -94,10 +110,10 @@ class Library:
         dx = torch.empty_like(x) if dx is None else dx
         gradients = [torch.full_like(t, torch.nan, memory_format=torch.contiguous_format) for t in (mean_offsets, c)]
         known = _problem(x, mean_offsets, c, mask, options, dx, x, grad)
-        size = self._host.daam_cuda_workspace(known.address) // 4
+        size = self.host.daam_cuda_workspace(known.address) // 4
         workspace = torch.full((size + 128,), torch.nan)
         pointers = [_pointer(t) for t in (grad, x, mean_offsets, c, mask, dx, *gradients, workspace[64:])]
-        self._check(self._host.daam_cuda_density_backward(known.address, *pointers, ctypes.addressof(IMAGE), None))
+        self._check(self.host.daam_cuda_density_backward(known.address, *pointers, self.image, None))
         assert workspace[:64].isnan().all() and workspace[64 + size :].isnan().all(), "written beside the workspace"
         return dx, *gradients
 

@@ -1,0 +1,72 @@
+"""A pytest plugin: the native backend of this run is csrc/cuda, emulated on the CPU.
+
+    pytest -p native.cuda_emulated ...
+
+Every test of that backend then goes through the CUDA launches and kernels. float64, which they do not serve, is left to
+the reference. Problems are as small as for Triton's interpreter.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from daam_kernels import native, reference
+
+from .cuda_library import Library, compile_emulation
+
+_folder = tempfile.TemporaryDirectory()
+_library = Library(*compile_emulation(Path(_folder.name), flags=("-O2",)))
+
+
+def _forward(*arguments):
+    *arguments, _parallel_for = arguments
+    return _library.host.daam_cuda_density_forward(*arguments, _library.image, None)
+
+
+def _backward(*arguments):
+    *arguments, _parallel_for = arguments
+    size = _library.host.daam_cuda_workspace(arguments[0])
+    workspace = torch.empty(size, dtype=torch.uint8)
+    return _library.host.daam_cuda_density_backward(*arguments, workspace.data_ptr(), _library.image, None)
+
+
+def _serve_float64(original, reference_function):
+    def call(*arguments):
+        x = next(t for t in arguments if isinstance(t, torch.Tensor))
+        return (reference_function if x.dtype == torch.float64 else original)(*arguments)
+
+    return call
+
+
+def _reference_forward(x, mean_offsets, c, mask, options, y, weights):
+    with torch.no_grad():
+        found = reference.density_attention(x, mean_offsets, c, mask=mask, return_weights=True, **options._asdict())
+    y.copy_(found[0])
+    if weights is not None:
+        weights.copy_(found[1])
+
+
+def _reference_backward(grad, x, mean_offsets, c, mask, options):
+    with torch.no_grad():
+        dx, *gradients = reference.density_attention_backward(grad, x, mean_offsets, c, mask=mask, **options._asdict())
+    return torch.empty_like(x).copy_(dx), *gradients
+
+
+_found = native._Library(
+    _forward, _backward, None, None, None, None, lambda: b"emulated CUDA", lambda: b"emulated", None, 0
+)
+native._load = lambda: _found
+native.density_forward = _serve_float64(native.density_forward, _reference_forward)
+native.density_backward = _serve_float64(native.density_backward, _reference_backward)
+_problem = native.problem
+native.problem = lambda *arguments: None if arguments[4].dtype == torch.float64 else _problem(*arguments)
+
+
+def pytest_configure():
+    import support  # asks which backends there are
+
+    support.interpreted = lambda backend: backend != "reference"
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"emulated CUDA kernels: {_library.launches} launches")
