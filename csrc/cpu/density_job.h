@@ -12,12 +12,12 @@ using daam::Tensors;
 
 constexpr int64_t kLongestRow = 16384;  // elements of a slice that is worked on whole: it stays in the L2 cache
 constexpr int64_t kLongestColumn = 4096;
-constexpr int64_t kRowRun = 8192;  // elements that longer ones are cut into
+constexpr int64_t kRowRun = 8192;  // elements that longer ones are cut into; columns at least that many
 constexpr int64_t kColumnRun = 512;
 constexpr int64_t kShortestRow = 16;       // slices shorter than that lie side by side even where R is contiguous
 constexpr int64_t kRowNumbers = 4096;      // elements of rows that are worked on together
 constexpr int64_t kTileNumbers = 16384;    // of x in a tile of columns
-constexpr int64_t kNarrowestTile = 16;     // slices: a cache line of floats
+constexpr int64_t kNarrowestTile = 64;     // slices: narrower pieces of memory are slow to come by
 constexpr int64_t kWidestTile = 1024;
 constexpr int64_t kTaskNumbers = 16384;    // elements that are worth a task
 constexpr int64_t kMostTasks = 1024;
@@ -47,6 +47,7 @@ struct Job {
   bool rows, stream;
   int64_t chunk, longest;      // elements of a slice, and of the longest
   int64_t width;               // slices of a unit: rows, or columns of one head
+  int64_t run;                 // elements that a slice too long for the cache is cut into
   int64_t span, tiles;         // columns: slices are cut into spans, those into units
   int64_t units;               // rows: counted through slices, then heads; columns: spans, heads, units of a span
   int64_t units_per_task, tasks;

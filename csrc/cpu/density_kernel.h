@@ -113,12 +113,13 @@ int run_storage(
     job.units = divide_up(slices * p.num_heads, job.width);
   } else {
     const bool straight = p.inner >= N;
-    const int64_t fitting = job.longest > kLongestColumn ? 64 : most(kNarrowestTile, kTileNumbers / job.longest / 16 * 16);
+    const int64_t fitting = most(kNarrowestTile, kTileNumbers / job.longest / 16 * 16);
     job.width = least(least(fitting, kWidestTile), divide_up(straight ? p.inner : slices, N) * N);
     job.span = straight ? p.inner : job.width;
     job.tiles = divide_up(job.span, job.width);
     job.units = divide_up(slices, job.span) * p.num_heads * job.tiles;
   }
+  job.run = job.rows ? kRowRun : most(kColumnRun, kTileNumbers / job.width);
   set_heads(job, static_cast<Heads<T>*>(heads.at));
   const int64_t unit_numbers = most(1, job.width * job.chunk);
   job.units_per_task = most(divide_up(job.units, kMostTasks), divide_up(kTaskNumbers, unit_numbers));

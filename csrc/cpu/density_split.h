@@ -6,6 +6,13 @@
 
 namespace {
 
+// Sums of densities, and of densities times q, times z and z (z + twice). In long slices no few elements have all the
+// weight, so the sums of p may be put together from them without a sweep of their own.
+template <class T>
+struct WeightedSums {
+  V<T> z, zz, qz, qzz;
+};
+
 // What a run found of a group of slices.
 template <class T>
 struct Found {
@@ -13,8 +20,8 @@ struct Found {
   V<T> squares, first_grad;
   Mask<T> any_valid;
   Totals<T> totals;
+  WeightedSums<T> sums;
   Nearest<T> nearest;
-  Slopes<T> slopes;
 };
 
 // What is known of a group of slices.
@@ -33,11 +40,10 @@ template <class T, class Unit, bool BACKWARD, Padding P>
 class Split {
   static constexpr bool ROWS = Unit::kRows;
   static constexpr int N = Vector<T>::N;
-  static constexpr int64_t kRun = ROWS ? kRowRun : kColumnRun;
 
  public:
   explicit Split(Job<T>& job)
-      : job(job), runs(divide_up(job.longest, kRun)), groups(ROWS ? 1 : divide_up(job.width, N)),
+      : job(job), runs(divide_up(job.longest, job.run)), groups(ROWS ? 1 : divide_up(job.width, N)),
         found_memory(sizeof(Found<T>) * job.units * runs * groups), known_memory(sizeof(Known<T>) * job.units * groups),
         found(static_cast<Found<T>*>(found_memory.at)), known(static_cast<Known<T>*>(known_memory.at)) {}
 
@@ -54,18 +60,16 @@ class Split {
     const auto merge_units = [&](auto body) { parallel(job.units * groups, [&](int64_t i) { body(i / groups, i % groups); }); };
     sweep_runs(false, [&](const Group<T>& g, Found<T>& f, Known<T>&) { find_run_statistics(g, f); });
     merge_units([&](int64_t unit, int64_t j) { merge_statistics(unit, j); });
-    sweep_runs(false, [&](const Group<T>& g, Found<T>& f, Known<T>& k) { find_run_densities(g, k, g.lanes() & ~k.moved, f.totals); });
+    sweep_runs(false, [&](const Group<T>& g, Found<T>& f, Known<T>& k) { find_run_sums(g, k, ~k.moved, f); });
     merge_units([&](int64_t unit, int64_t j) { merge_totals(unit, j); });
     sweep_runs(false, [&](const Group<T>& g, Found<T>& f, Known<T>& k) {
       if (any(k.moved)) find_nearest<T, ROWS, P, BACKWARD>(g, k.moved, k.statistics, f.nearest);
     });
     merge_units([&](int64_t unit, int64_t j) { merge_nearest(unit, j); });
-    sweep_runs(false, [&](const Group<T>& g, Found<T>& f, Known<T>& k) { find_run_densities(g, k, k.moved, f.totals); });
+    sweep_runs(false, [&](const Group<T>& g, Found<T>& f, Known<T>& k) { find_run_sums(g, k, k.moved, f); });
     merge_units([&](int64_t unit, int64_t j) { finish(unit, j); });
-    if constexpr (BACKWARD) {
-      sweep_runs(false, [&](const Group<T>& g, Found<T>& f, Known<T>& k) { find_run_slopes(g, k, f.slopes); });
+    if constexpr (BACKWARD)
       for (int64_t unit = 0; unit < job.units; unit++) merge_slopes(unit);
-    }
     sweep_runs(true, [&](const Group<T>& g, Found<T>& f, Known<T>& k) { write(g, f, k); });
   }
 
@@ -73,12 +77,12 @@ class Split {
   template <class Body>
   void each_group(int64_t unit, int64_t run, bool write, Body& body) {
     if (run >= runs_of(unit)) return;
-    void* const memory = daam::thread_scratch(Unit::scratch_bytes(job, kRun));
+    void* const memory = daam::thread_scratch(Unit::scratch_bytes(job, job.run));
     if (!memory) {
       job.status = DAAM_OUT_OF_MEMORY;
       return;
     }
-    Unit packed(job, unit, run * kRun, kRun, memory);
+    Unit packed(job, unit, run * job.run, job.run, memory);
     for (int64_t j = 0; j < packed.groups(); j++) body(packed.group(j), found_of(unit, run, j), known_of(unit, j));
     if (write) {
       packed.write_back();
@@ -89,7 +93,7 @@ class Split {
   Known<T>& known_of(int64_t unit, int64_t j) { return known[unit * groups + j]; }
   Found<T>& found_of(int64_t unit, int64_t run, int64_t j) { return found[(unit * runs + run) * groups + j]; }
   int64_t head(int64_t unit) const { return ROWS ? unit % job.problem.num_heads : job.column_head(unit); }
-  int64_t runs_of(int64_t unit) const { return divide_up(job.length(head(unit)), kRun); }
+  int64_t runs_of(int64_t unit) const { return divide_up(job.length(head(unit)), job.run); }
   const Heads<T>& heads(int64_t unit) const { return job.heads[head(unit)]; }
 
   void find_run_statistics(const Group<T>& whole, Found<T>& f) {
@@ -153,11 +157,34 @@ class Split {
   }
 
   void find_run_densities(const Group<T>& g, const Known<T>& k, Mask<T> asked, Totals<T>& totals) {
-    if (!any(asked & g.lanes())) return;
     if (any(k.moved))
       find_densities<T, ROWS, P, BACKWARD, true>(g, asked, k.origin, totals);
     else
       find_densities<T, ROWS, P, BACKWARD, false>(g, asked, k.origin, totals);
+  }
+
+  void find_run_sums(const Group<T>& g, const Known<T>& k, Mask<T> asked, Found<T>& f) {
+    if (!any(asked & g.lanes())) return;
+    find_run_densities(g, k, asked, f.totals);
+    if constexpr (BACKWARD)
+      each_row<T, ROWS>(g, asked, [&](int r) __attribute__((always_inline)) {
+        const Row<T> row = g.row[r];
+        const V<T> twice = of_row<T, ROWS>(k.origin.twice, r);
+        Sum<T> z, zz, qz, qzz;
+        const auto body = [&](int64_t i, auto, auto) __attribute__((always_inline)) {
+          const V<T> from = load(row.z + i * N), mz = load(row.density + i * N) * from, mzz = mz * (from + twice);
+          const V<T> q = load(row.q + i * N);
+          z += mz;
+          zz += mzz;
+          qz.block += mz * q;
+          qzz.block += mzz * q;
+        };
+        sweep<T, ROWS>(row.n, body, [&]() __attribute__((always_inline)) { z.flush(), zz.flush(), qz.flush(), qzz.flush(); });
+        set_sum<T, ROWS>(f.sums.z, r, z.total);
+        set_sum<T, ROWS>(f.sums.zz, r, zz.total);
+        set_sum<T, ROWS>(f.sums.qz, r, qz.total);
+        set_sum<T, ROWS>(f.sums.qzz, r, qzz.total);
+      });
   }
 
   template <class Field>
@@ -205,21 +232,18 @@ class Split {
     if (BACKWARD) k.mean_q = mean_of_q<T>(k.totals, k.normaliser, k.origin);
   }
 
-  void find_run_slopes(const Group<T>& g, const Known<T>& k, Slopes<T>& found) {
-    Totals<T> again{};
-    find_run_densities(g, k, ~Mask<T>{}, again);
-    find_slopes<T, ROWS>(g, k.origin, k.mean_q, found);
-  }
-
   void merge_slopes(int64_t unit) {
     double* const to = job.sums + (unit / job.units_per_task * job.problem.num_heads + head(unit)) * 4;
     const int64_t count = ROWS ? 1 : job.column_lanes(unit).count;
     for (int64_t j = 0; j < divide_up(count, N); j++) {
       Known<T>& k = known_of(unit, j);
+      const auto sum_p = [&](V<T> of_densities, V<T> of_q) { return of_q - k.mean_q * of_densities; };
       const Slopes<T> raw = {
-          add_runs(unit, j, [](const Found<T>& f) { return f.slopes.t0; }),
-          add_runs(unit, j, [](const Found<T>& f) { return f.slopes.p1; }),
-          add_runs(unit, j, [](const Found<T>& f) { return f.slopes.p2; })};
+          sum_p(k.totals.density, k.totals.q),
+          sum_p(add_runs(unit, j, [](const Found<T>& f) { return f.sums.z; }),
+                add_runs(unit, j, [](const Found<T>& f) { return f.sums.qz; })),
+          sum_p(add_runs(unit, j, [](const Found<T>& f) { return f.sums.zz; }),
+                add_runs(unit, j, [](const Found<T>& f) { return f.sums.qzz; }))};
       SliceSums<T> sums;
       k.through = gradient_through<T, P>(
           raw, k.normaliser, k.origin, k.statistics, heads(unit), job.rules.residual, sums);
@@ -229,11 +253,12 @@ class Split {
   }
 
   void write(const Group<T>& g, Found<T>& f, const Known<T>& k) {
+    find_run_densities(g, k, ~Mask<T>{}, f.totals);
     if constexpr (BACKWARD) {
-      find_run_slopes(g, k, f.slopes);
+      Slopes<T> again{};
+      find_slopes<T, ROWS>(g, k.origin, k.mean_q, again);
       write_gradient<T, ROWS, P>(g, k.through, k.origin, job.rules.residual);
     } else {
-      find_run_densities(g, k, ~Mask<T>{}, f.totals);
       write_output<T, ROWS, P>(g, k.normaliser, k.statistics.count, job.rules.residual);
     }
   }

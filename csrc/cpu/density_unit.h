@@ -45,12 +45,14 @@ class Rows {
         row.valid = valid;
       }
     }
-    for (int r = 0; r < packed.count; r++, place.step(p)) {
-      const Place& next = first + job.width + r < all ? place : places[r];
+    for (int r = 0; r < packed.count; r++, place.step(p)) {  // the next unit, or the next run
+      const bool cut = run < job.longest, more = start + run < job.length(places[r].head);
+      const Place& next = !cut && first + job.width + r < all ? place : places[r];
+      const int64_t size = (int64_t)job.storage.size, step = cut && more ? run * size : 0;
       Ahead& ahead = packed.ahead[r];
-      ahead.x = at<const char>(t.x, p.x, next);
-      if (BACKWARD) ahead.grad = at<const char>(t.grad, p.grad, next);
-      ahead.step = N * (int64_t)job.storage.size;
+      ahead.x = at<const char>(t.x, p.x, next) + step * p.x.row;
+      ahead.grad = BACKWARD ? at<const char>(t.grad, p.grad, next) + step * p.grad.row : ahead.x;
+      ahead.step = N * size;
     }
   }
 
@@ -148,7 +150,9 @@ class Columns {
     }
     packed.heads = job.heads[head];
     packed.row[0] = {n, nullptr, nullptr, nullptr, density, z, q, nullptr, nullptr};
-    const int64_t next = unit + 1 < job.units ? unit + 1 : unit, row = job.column_head(next) * job.chunk;
+    const bool cut = run < job.longest;  // the next run, or the next unit
+    const int64_t next = !cut && unit + 1 < job.units ? unit + 1 : unit;
+    const int64_t row = job.column_head(next) * job.chunk + (cut && start + run < job.length(head) ? start + run : 0);
     const Lanes there = job.column_lanes(next);
     const auto next_at = [&](const void* base, const daam_strides& s) {
       return static_cast<const char*>(base) + (row * s.row + there.offset(0, s)) * (int64_t)job.storage.size;
