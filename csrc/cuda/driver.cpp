@@ -139,7 +139,7 @@ int run(const daam_density* problem, const Tensors& tensors, const void* image, 
     const int launched = launch(kernels->functions[l.kernel], l.task, l.blocks, l.threads, l.shared_bytes, stream);
     if (launched != DAAM_OK) return launched;
   }
-  if (!tensors.grad) return DAAM_OK;
+  if (!tensors.backward) return DAAM_OK;
   return launch(
       kernels->parameter_gradients, l.task, uint32_t(problem->num_heads), kParameterThreads, kParameterSharedBytes,
       stream);
@@ -181,6 +181,7 @@ int daam_cuda_density_backward(
     const uint8_t* mask, void* dx, void* d_mean_offsets, void* d_c, void* workspace, const void* image, void* stream) {
   Tensors t = {};
   t.x = x;
+  t.backward = true;
   t.grad = grad;
   t.mean_offsets = mean_offsets;
   t.c = c;

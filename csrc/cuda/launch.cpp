@@ -125,7 +125,7 @@ int64_t workspace_bytes(const daam_density& p) {
 }
 
 Launch plan(const daam_density& p, const Tensors& tensors, int64_t max_shared_bytes) {
-  const bool backward = tensors.grad != NULL;
+  const bool backward = tensors.backward;
   const bool padded = p.flags & (DAAM_HAS_MASK | DAAM_HAS_PADDING_VALUE);
   Tensor all[4] = {{tensors.x, p.x}, {tensors.out, p.out}};
   int count = 2;

@@ -9,11 +9,12 @@ namespace daam {
 namespace cuda {
 
 struct Tensors {
-  const void *x, *grad, *mean_offsets, *c;  // grad: NULL for the forward pass
+  const void *x, *grad, *mean_offsets, *c;
   const uint8_t* mask;
   void *out, *weights;
   void *d_mean_offsets, *d_c;
   void* workspace;
+  bool backward;
 };
 
 struct Launch {

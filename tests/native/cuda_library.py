@@ -146,7 +146,7 @@ def _problem(x, mean_offsets, c, mask, options, out, *tensors) -> native.Problem
         (options.residual, native._RESIDUAL),
     )
     known = native._Density(
-        outer=view.outer, length=view.length, inner=view.inner,
+        outer=view.outer if x.numel() else 0, length=view.length, inner=view.inner,
         num_heads=c.shape[0], num_gaussians=c.shape[1],
         eps=options.eps, padding_value=padding or 0.0,
         type=native._TYPES[x.dtype], offsets_type=native._TYPES[mean_offsets.dtype], widths_type=native._TYPES[c.dtype],
