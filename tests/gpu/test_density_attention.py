@@ -45,7 +45,7 @@ def test_auto_chooses_triton():
     x = torch.empty(0, device=CUDA)
     assert daam_kernels.available_backends()["triton"]
     assert backends.resolve("auto", x) == "triton"
-    assert backends.resolve("auto", x.cpu()) == "reference"
+    assert backends.resolve("auto", x.cpu()) in ("native", "reference")
 
 
 @pytest.mark.parametrize("num_gaussians", [1, 5, 8, 16])
