@@ -409,7 +409,8 @@ def test_a_library_of_another_version_is_refused(tmp_path):
     ],
 )
 def test_a_library_that_was_not_built_says_why(record, reason, tmp_path, monkeypatch):
-    monkeypatch.delenv("DAAM_KERNELS_LIBRARY", raising=False)
+    for name in ("DAAM_KERNELS_LIBRARY", "DAAM_KERNELS_NO_NATIVE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(native, "_LIBRARY", tmp_path / "_core.so")
     monkeypatch.setattr(native, "_BUILD", tmp_path / "_build.json")
     if record is not None:
