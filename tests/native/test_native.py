@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import daam_kernels
@@ -336,6 +337,41 @@ def test_huge_pages_change_no_bits():
     """
     (off, *plain), (on, *huge) = python(code).split(), python(code, DAAM_KERNELS_HUGE_PAGES="1").split()
     assert plain == huge and (off, on) == ("0", "32")
+
+
+# CUDA, without a GPU: what the C functions are called with
+
+
+class OnGPU(torch.Tensor):
+    is_cpu = property(lambda self: False)
+
+
+@needs_library
+def test_what_the_cuda_functions_are_given(monkeypatch):
+    """Pointers in the order of csrc/daam_kernels.h, a workspace as large as asked for, the image, the stream."""
+    calls = []
+
+    def recording(count):
+        return lambda *arguments: calls.append((count, arguments)) or 0
+
+    functions = dict(cuda_forward=recording(9), cuda_backward=recording(12), cuda_workspace=lambda problem: 64)
+    loaded, image = native._library()._replace(**functions), object()
+    stream = type("Stream", (), {"cuda_stream": 77})
+    monkeypatch.setattr(native, "_load", lambda: loaded)
+    monkeypatch.setattr(native, "_cuda_image", lambda: image)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    x, grad, y, weights = (torch.empty(4, 6).as_subclass(OnGPU) for _ in range(4))
+    mean_offsets, c, mask = torch.zeros(1, 2), torch.ones(1, 2), torch.ones(4, 6, dtype=torch.bool)
+    options = DensityOptions(1, None, "zero", "clamp", 1e-8, False)
+    native.density_forward(x, mean_offsets, c, mask, options, y, weights)
+    gradients = native.density_backward(grad, x, mean_offsets, c, mask, options)
+    (count, forward), (backward_count, backward) = calls
+    assert (len(forward), len(backward)) == (count, backward_count)
+    inputs = [t.data_ptr() for t in (x, mean_offsets, c, mask)]
+    assert list(forward[1:]) == [*inputs, y.data_ptr(), weights.data_ptr(), image, 77]
+    results = [t.data_ptr() for t in gradients]
+    assert list(backward[1:9]) == [grad.data_ptr(), *inputs, *results] and backward[9] and backward[10:] == (image, 77)
 
 
 # Loading
