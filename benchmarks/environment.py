@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -12,12 +13,18 @@ from pathlib import Path
 import torch
 
 import daam_kernels
+from daam_kernels import native
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
+_SETTINGS = ("DAAM_KERNELS_BACKEND", "DAAM_KERNELS_HUGE_PAGES", "DAAM_KERNELS_INSTRUCTION_SET")  # change the numbers
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def describe(device: torch.device) -> dict[str, str | int | float | None]:
-    """Device, driver, versions, commit and date; None where a thing does not exist here."""
+    """Device, driver, versions, commit and date; None where a thing does not exist here.
+
+    Nothing that names the machine or its folders: it is meant to be published.
+    """
     on_gpu = device.type == "cuda"
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -32,8 +39,11 @@ def describe(device: torch.device) -> dict[str, str | int | float | None]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "upstream": _version("gaussian-adaptive-attention"),
+        "instruction_set": native.instruction_set() if native.status()[0] else None,
+        "huge_pages": _huge_pages(),
+        "settings": " ".join(f"{name}={os.environ[name]}" for name in _SETTINGS if os.environ.get(name)) or None,
         "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
+        "platform": _system(),
     }
 
 
@@ -63,6 +73,21 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _huge_pages() -> str | None:
+    """What Linux does with transparent huge pages: always, madvise (for who asks) or never."""
+    try:
+        chosen = re.search(r"\[(\w+)\]", _HUGE_PAGES.read_text())
+    except OSError:
+        return None
+    return chosen[1] if chosen else None
+
+
+def _system() -> str:
+    """Such as Linux 6.1.0 x86_64; what a builder put behind the kernel's number may name the machine."""
+    number = re.match(r"[\d.]*", platform.release())[0]
+    return " ".join(part for part in (platform.system(), number, platform.machine()) if part)
 
 
 def _driver() -> str | None:
