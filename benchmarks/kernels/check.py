@@ -10,7 +10,8 @@ from torch import Tensor
 
 from daam_kernels import reference
 
-from .contenders import BOTH, Differentiable, parameter_gradients
+from .contender import BOTH, Contender
+from .contenders import parameter_gradients
 from .shapes import Case
 
 _PART = 1 << 22  # elements in float64 at a time: whole shapes would need 15 times their size
@@ -51,12 +52,12 @@ def truth(case: Case) -> Truth:
     return Truth(y, dx, tuple(sums))
 
 
-def errors(contender: Differentiable, direction: str, results: Sequence[Tensor], true: Truth) -> Errors:
-    """How far what ``contender`` returned for ``direction`` is from the truth."""
+def errors(direction: str, results: Sequence[Tensor], true: Truth) -> Errors:
+    """How far what a contender returned for ``direction`` is from the truth."""
     if direction != BOTH:
         return Errors(relative_error(results[0], true.y))
     y, dx, *gradients = results
-    of_parameters = parameter_gradients(contender, gradients)
+    of_parameters = parameter_gradients(gradients)
     worst = max(relative_error(g, t) for g, t in zip(of_parameters, true.parameters))
     return Errors(relative_error(y, true.y), relative_error(dx, true.dx), worst)
 
@@ -72,7 +73,7 @@ def relative_error(result: Tensor, true: Tensor) -> float:
     return distance / size if size > _VANISHED else 0.0
 
 
-def complaint(contender: Differentiable, found: Errors) -> str | None:
+def complaint(contender: Contender, found: Errors) -> str | None:
     """What is wrong with the result, or None where it is within the contender's tolerance."""
     for name, error, allowed in zip(Errors._fields, found, contender.tolerance):
         if error is not None and allowed is not None and not error <= allowed:

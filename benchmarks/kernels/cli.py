@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 
 from ..environment import describe, usable_device
-from ..report import format_table, write_csv, write_json
-from .contenders import BOTH
+from ..report import write_csv, write_json
+from .bare import BARE
+from .contenders import FUSED
 from .shapes import SHAPES, make_case
 from .sweep import Cell, Limits, measure, steps
+from .table import section
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _RESULTS = Path("benchmarks") / "results"
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", help=f"comma-separated, of {', '.join(_DTYPES)} (default: float32, on cuda bfloat16 too)"
     )
     parser.add_argument("--num-gaussians", type=int, default=4, metavar="K")
-    parser.add_argument("--quick", action="store_true", help=f"shapes {_QUICK_SHAPES} and short timings")
+    parser.add_argument("--quick", action="store_true", help=f"shapes {_QUICK_SHAPES}, short timings, less compiled")
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS", help="timing per shape, type and direction (default: 3, quick: 0.5)"
     )
@@ -35,13 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--call-limit", type=float, default=8.0, metavar="SECONDS",
         help="on a CPU, skip what takes longer than this for one call (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--compile-upstream", action=argparse.BooleanOptionalAction,
+        help="torch.compile of the public package too, a minute or two per shape and type (default: not with --quick)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, help="CPU threads (default: what torch chooses)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=_RESULTS, help="folder for the results (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Sweep, print and write; returns the exit status: 1 where the fused operator was wrong or failed."""
+    """Sweep, print and write; returns the exit status: 1 where the fused operator or its kernel was wrong or failed."""
     from tqdm import tqdm  # here and below: the extras are needed by whoever runs this, not by whoever asks for help
 
     from .plots import plot
@@ -53,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
     device = usable_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    limits = Limits(options.budget or (0.5 if options.quick else 3.0), options.call_limit)
+    compile_slowly = not options.quick if options.compile_upstream is None else options.compile_upstream
+    limits = Limits(options.budget or (0.5 if options.quick else 3.0), options.call_limit, compile_slowly)
     environment = describe(device)
     print(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None), flush=True)
     if device.type == "cpu" and (environment["load_at_start"] or 0) > 0.5:
@@ -75,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
 
             for group in measure(case, limits, advance):
                 cells += group
-                bar.write(_section(group))
+                bar.write(section(group))
             del case
     except torch.OutOfMemoryError as error:
         bar.write(f"stopped, the inputs themselves do not fit: {error}")
@@ -83,7 +90,8 @@ def run(options: argparse.Namespace) -> int:
         bar.close()
         if cells:
             _write(options.out, f"kernels-{device.type}", environment, cells, plot)
-    return int(any(c.contender.startswith("fused") and c.status in ("wrong", "failed") for c in cells))
+    ours = [cell for cell in cells if cell.contender.startswith((FUSED, BARE))]
+    return int(any(cell.status in ("wrong", "failed") for cell in ours))
 
 
 def _write(out: Path, stem: str, environment: dict, cells: list[Cell], plot) -> None:
@@ -106,31 +114,3 @@ def _chosen(text: str, known: dict, what: str) -> list:
 def _weight(numel: int) -> float:
     """Roughly how long a case takes, for the remaining time shown: compiling, then passes over the data."""
     return 15 + numel / 1.5e6
-
-
-def _section(group: list[Cell]) -> str:
-    """The table of one case and direction."""
-    first = group[0]
-    on_gpu = any(cell.kernel_us is not None for cell in group)
-    both = first.direction == BOTH
-    header = ["contender", *(["kernel us", "IQR"] if on_gpu else []), "wall us", "IQR", "GB/s", "of copy", "x upstream"]
-    header += ["error y", *(["dx", "parameters", "saved MB"] if both else []), *(["peak MB"] if on_gpu else []), ""]
-    lines = []
-    for c in group:
-        line = [c.contender, *([_time(c.kernel_us), _time(c.kernel_us_iqr)] if on_gpu else [])]
-        line += [_time(c.wall_us), _time(c.wall_us_iqr), f"{c.bytes / c.time_us / 1e3:.1f}" if c.time_us else "-"]
-        line += [_number(c.of_copy, ".3f"), _number(c.over_upstream, ".1f"), _number(c.error_y, ".0e")]
-        if both:
-            line += [_number(c.error_dx, ".0e"), _number(c.error_parameters, ".0e"), _number(c.saved_mb, ".1f")]
-        line += [_number(c.peak_mb, ".1f")] if on_gpu else []
-        lines.append([*line, "" if c.status == "ok" and not c.note else f"{c.status}: {c.note}"])
-    title = f"{first.shape} [{first.dims}] {first.dtype}, axis {first.norm_axis}, {first.num_heads} heads, "
-    return f"\n{title}K = {first.num_gaussians}, {first.direction}\n{format_table(header, lines)}"
-
-
-def _time(microseconds: float | None) -> str:
-    return _number(microseconds, ".1f" if microseconds is not None and microseconds < 1000 else ".0f")
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)

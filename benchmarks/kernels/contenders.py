@@ -1,84 +1,25 @@
-"""Who is timed: the public package, the reference, the compiler, the fused operator, native operators, a copy."""
+"""Who is timed: the public package and the closed form, each eager and compiled, the fused operator, its kernels
+without Python, native operators, a copy."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import daam_kernels
 from daam_kernels.backends import resolve
 
+from .bare import bare_kernels
+from .contender import BOTH, CONTRACT, OTHERS, Contender, Differentiable
 from .shapes import Case
 
-FORWARD, BOTH = "forward", "forward+backward"
-DIRECTIONS = (FORWARD, BOTH)
-UPSTREAM, REFERENCE, COMPILED, FUSED, COPY = "upstream eager", "reference eager", "torch.compile", "fused", "copy"
-
-
-class Tolerance(NamedTuple):
-    """Largest relative error (2-norm over the tensor) of y, dx and the parameters' gradients; None: not judged."""
-
-    y: float
-    dx: float
-    parameters: float | None
-
-
-_CONTRACT = {
-    torch.float64: Tolerance(1e-12, 1e-12, 1e-12),
-    torch.float32: Tolerance(2e-6, 5e-6, 1e-4),
-    torch.bfloat16: Tolerance(2**-8, 2**-8, 1e-3),
-    torch.float16: Tolerance(2**-11, 2**-11, 1e-3),
-}
-# What others get away with. In half types the public package's parameter gradients are known to be off by more than
-# their own size; its speed is still of interest, so there the error is shown but not judged.
-_OTHERS = {
-    torch.float64: Tolerance(1e-9, 1e-9, 1e-9),
-    torch.float32: Tolerance(1e-4, 1e-4, 1e-2),
-    torch.bfloat16: Tolerance(0.1, 0.1, None),
-    torch.float16: Tolerance(0.1, 0.1, None),
-}
-
-
-class Contender:
-    """Something to time on one case. Called with a direction, x and grad, it does that direction's work once.
-
-    Attributes:
-        name: how it appears in tables.
-        tolerance: what its results may be off by; None where it computes something else.
-        compiled: it compiles itself at its first call, for one shape.
-        many_launches: plain PyTorch, pass by pass: hundreds of kernels a call, so a graph should not hold many calls,
-            and many times x's size in memory.
-    """
-
-    tolerance: Tolerance | None = None
-    compiled = False
-    many_launches = False
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, direction: str, x: Tensor, grad: Tensor) -> Sequence[Tensor]:
-        raise NotImplementedError
-
-
-class Differentiable(Contender):
-    """A function of x alone: y, and with the backward the gradients of x and of ``parameters`` too."""
-
-    def __init__(self, name: str, function: Callable[[Tensor], Tensor], parameters: Sequence[Tensor] = ()) -> None:
-        super().__init__(name)
-        self.function = function
-        self.parameters = tuple(parameters)
-
-    def __call__(self, direction: str, x: Tensor, grad: Tensor) -> Sequence[Tensor]:
-        if direction == FORWARD:
-            with torch.no_grad():
-                return (self.function(x),)
-        y = self.function(x)
-        return (y, *torch.autograd.grad(y, (x, *self.parameters), grad))
+UPSTREAM, UPSTREAM_COMPILED = "upstream eager", "upstream compiled"
+CLOSED_FORM, CLOSED_FORM_COMPILED = "closed form eager", "closed form compiled"  # daam_kernels.reference
+FUSED, FRESH_COPY, COPY = "fused", "copy, fresh output", "copy"
 
 
 class Copy(Contender):
@@ -97,10 +38,10 @@ class Copy(Contender):
 
 
 class FreshCopy(Contender):
-    """The copy into outputs made anew every time, as every other contender has to: what page faults cost on a CPU."""
+    """The copy into outputs made anew every time, as every operator has to: what page faults cost on a CPU."""
 
     def __init__(self) -> None:
-        super().__init__("copy, fresh output")
+        super().__init__(FRESH_COPY)
 
     @torch.no_grad()
     def __call__(self, direction: str, x: Tensor, grad: Tensor) -> Sequence[Tensor]:
@@ -111,12 +52,12 @@ class FreshCopy(Contender):
 def contenders(case: Case) -> dict[str, Callable[[], Contender]]:
     """Makers of the contenders that make sense for this case, by name; a maker raises where one does not exist."""
     makers: dict[str, Callable[[], Contender]] = {
-        UPSTREAM: lambda: _upstream(case),
-        REFERENCE: lambda: _density(case, REFERENCE, daam_kernels.reference.density_attention, many_launches=True),
-        COMPILED: lambda: _compiled(case),
-        FUSED: lambda: _density(
-            case, f"{FUSED} ({resolve('auto', case.x)})", daam_kernels.density_attention, tolerances=_CONTRACT
-        ),
+        UPSTREAM: lambda: _upstream(case, compiled=False),
+        UPSTREAM_COMPILED: lambda: _upstream(case, compiled=True),
+        CLOSED_FORM: lambda: _closed_form(case, compiled=False),
+        CLOSED_FORM_COMPILED: lambda: _closed_form(case, compiled=True),
+        FUSED: lambda: _density(case, f"{FUSED} ({resolve('auto', case.x)})", daam_kernels.density_attention, CONTRACT),
+        **bare_kernels(case),
     }
     if case.x.is_contiguous():
         last = case.x.shape[-1:]
@@ -126,43 +67,58 @@ def contenders(case: Case) -> dict[str, Callable[[], Contender]]:
         ):
             makers[name] = partial(Differentiable, name, function)
     if not case.x.is_cuda:
-        makers["copy, fresh output"] = FreshCopy
+        makers[FRESH_COPY] = FreshCopy
     makers[COPY] = lambda: Copy(case.x)
     return makers
 
 
-def parameter_gradients(contender: Differentiable, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """(dmean_offsets, dc), both [num_heads, num_gaussians], of gradients in the order of ``contender.parameters``."""
+def parameter_gradients(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """(dmean_offsets, dc), both [num_heads, num_gaussians], of gradients of the one, then of the other.
+
+    Each may be one tensor, or one [num_gaussians] per head.
+    """
     half = len(gradients) // 2
     return [torch.stack(list(part)).view(-1, part[0].shape[-1]) for part in (gradients[:half], gradients[half:])]
 
 
-def _density(case: Case, name: str, function: Callable, tolerances=_OTHERS, many_launches=False) -> Differentiable:
+def _density(case: Case, name: str, function: Callable, tolerances: dict) -> Differentiable:
     mean_offsets, c = (p.clone().requires_grad_() for p in (case.mean_offsets, case.c))
     axis = case.shape.norm_axis
     contender = Differentiable(name, lambda x: function(x, mean_offsets, c, norm_axis=axis), (mean_offsets, c))
     contender.tolerance = tolerances[case.x.dtype]
-    contender.many_launches = many_launches
     return contender
 
 
-def _compiled(case: Case) -> Differentiable:
-    torch._dynamo.reset()  # or the graphs of earlier shapes count against the recompilation limit
-    function = torch.compile(daam_kernels.reference.density_attention, dynamic=False)
-    contender = _density(case, COMPILED, function)
-    contender.compiled = True
+def _closed_form(case: Case, compiled: bool) -> Differentiable:
+    function = daam_kernels.reference.density_attention
+    if compiled:
+        contender = _density(case, CLOSED_FORM_COMPILED, torch.compile(function, dynamic=False), OTHERS)
+    else:
+        contender = _density(case, CLOSED_FORM, function, OTHERS)
+    contender.compiled, contender.many_launches = compiled, not compiled
     return contender
 
 
-def _upstream(case: Case) -> Differentiable:
+def _upstream(case: Case, compiled: bool) -> Differentiable:
+    module = _upstream_module(case)
+    heads = module.attention_heads
+    parameters = [*(h.mean_offsets for h in heads), *(h.c for h in heads)]
+    if compiled:
+        contender = Differentiable(UPSTREAM_COMPILED, torch.compile(module, dynamic=False), parameters)
+    else:
+        contender = Differentiable(UPSTREAM, module, parameters)
+    contender.tolerance = OTHERS[case.x.dtype]
+    contender.compiled = contender.slow_to_compile = compiled
+    contender.many_launches = not compiled
+    return contender
+
+
+def _upstream_module(case: Case) -> nn.Module:
+    """The public package's module with the parameters of the case."""
     from gaussian_adaptive_attention import MultiHeadGaussianAdaptiveAttention
 
     num_heads, num_gaussians = case.c.shape
     module = MultiHeadGaussianAdaptiveAttention(case.shape.norm_axis, num_heads, num_gaussians).to(case.x.device)
-    heads = module.attention_heads
-    for i, head in enumerate(heads):  # .data, because float64 parameters must replace float32 ones
+    for i, head in enumerate(module.attention_heads):  # .data, because float64 parameters must replace float32 ones
         head.mean_offsets.data, head.c.data = case.mean_offsets[i].clone(), case.c[i].clone()
-    contender = Differentiable(UPSTREAM, module, [*(h.mean_offsets for h in heads), *(h.c for h in heads)])
-    contender.tolerance = _OTHERS[case.x.dtype]
-    contender.many_launches = True
-    return contender
+    return module

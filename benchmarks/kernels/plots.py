@@ -11,9 +11,25 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend th
 from matplotlib.patches import Patch  # noqa: E402
 
 from ..report import read_csv  # noqa: E402
-from .contenders import COMPILED, COPY, DIRECTIONS, FUSED, REFERENCE, UPSTREAM  # noqa: E402
+from .bare import BARE  # noqa: E402
+from .contender import DIRECTIONS  # noqa: E402
+from .contenders import (  # noqa: E402
+    CLOSED_FORM,
+    CLOSED_FORM_COMPILED,
+    COPY,
+    FUSED,
+    UPSTREAM,
+    UPSTREAM_COMPILED,
+)
 
-_COLORS = {UPSTREAM: "#b8b8b8", REFERENCE: "#7f8fa6", COMPILED: "#e1a33b", FUSED: "#c0392b"}
+_COLORS = {
+    UPSTREAM: "#c4c4c4",
+    UPSTREAM_COMPILED: "#8a8a8a",
+    CLOSED_FORM: "#a9bcd6",
+    CLOSED_FORM_COMPILED: "#4a6fa5",
+    FUSED: "#c0392b",
+    BARE: "#e8a29a",
+}
 
 
 def plot(csv_path: Path, out: Path) -> list[Path]:
@@ -29,7 +45,7 @@ def plot(csv_path: Path, out: Path) -> list[Path]:
 
 def _figure(rows: list[dict[str, str]], dtype: str, path: Path) -> None:
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    width = max(7.0, 2.2 + 1.45 * len(shapes))
+    width = max(7.0, 2.2 + 1.7 * len(shapes))
     figure, panels = plt.subplots(len(DIRECTIONS), 1, figsize=(width, 8), sharex=True, layout="constrained")
     for panel, direction in zip(panels, DIRECTIONS):
         _panel(panel, [row for row in rows if row["direction"] == direction], shapes)
@@ -41,7 +57,8 @@ def _figure(rows: list[dict[str, str]], dtype: str, path: Path) -> None:
     )
     names = [name for name in dict.fromkeys(row["contender"] for row in rows) if _color(name)]
     handles = [Patch(color=_color(name), label=name) for name in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    columns = min(len(handles), int(width / 2.2))  # one more would leave the picture
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     first = rows[0]
     figure.suptitle(
         f"Density attention, {dtype}, K = {first['num_gaussians']}, on {first['device']}"
@@ -95,7 +112,7 @@ def _time(row: dict[str, str]) -> float | None:
 
 
 def _color(contender: str) -> str | None:
-    return next((color for name, color in _COLORS.items() if contender.startswith(name)), None)
+    return _COLORS.get(contender.split(" (")[0])  # the fused operator's name has its backend behind it
 
 
 def _readable(microseconds: float) -> str:

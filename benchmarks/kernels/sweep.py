@@ -15,7 +15,9 @@ from torch import Tensor
 from ..environment import available_memory
 from ..timing import Measurement, graph_timer, interleave, wall_timer
 from .check import Truth, complaint, errors, truth
-from .contenders import BOTH, COPY, DIRECTIONS, UPSTREAM, Contender, contenders
+from .contender import BOTH, DIRECTIONS, Contender
+from .contenders import COPY, UPSTREAM, contenders
+from .memory import peak_bytes
 from .shapes import Case
 
 _PROBE = 1 << 20  # elements on which the time and memory of a full call are estimated
@@ -58,7 +60,7 @@ class Cell:
     of_copy: float | None = None  # time of the copy / this time
     over_upstream: float | None = None  # time of the public package / this time
     saved_mb: float | None = None  # held for the backward beside the inputs
-    peak_mb: float | None = None  # largest allocation during a call, outputs included (CUDA)
+    peak_mb: float | None = None  # most that is held at a time during a call, outputs included
 
     @property
     def time_us(self) -> float | None:
@@ -68,16 +70,24 @@ class Cell:
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds to time all contenders of one case and direction, and the longest call worth waiting for on a CPU."""
+    """How long is too long.
+
+    Attributes:
+        budget: seconds to time all contenders of one case and direction.
+        call: seconds of the longest call worth waiting for on a CPU.
+        compile_slowly: whether what takes a minute or more to compile is worth waiting for.
+    """
 
     budget: float
     call: float
+    compile_slowly: bool = True
 
 
 def measure(case: Case, limits: Limits, advance: Advance) -> Iterator[list[Cell]]:
     """The cells of one case, one list per direction. ``advance`` hears of each of :func:`steps` steps."""
     advance("float64 reference")
     true = truth(case)
+    torch._dynamo.reset()  # or the graphs of earlier shapes count against the recompilation limit
     made: dict[str, Contender | Exception] = {}
     for name, make in contenders(case).items():
         try:
@@ -91,6 +101,8 @@ def measure(case: Case, limits: Limits, advance: Advance) -> Iterator[list[Cell]
             cells[name] = _cell(case, direction, contender.name if isinstance(contender, Contender) else name)
             if isinstance(contender, Exception):
                 _fail(cells[name], contender)
+            elif contender.slow_to_compile and (reason := _not_compiled(cells[UPSTREAM], limits)):
+                cells[name].status, cells[name].note = "skipped", reason
             elif _admit(case, direction, contender, limits, cells[name], true):
                 ready[name] = contender
             _release(case)
@@ -128,15 +140,14 @@ def _admit(case: Case, direction: str, contender: Contender, limits: Limits, cel
         if saved is not None and direction == BOTH and contender.tolerance is not None:
             cell.saved_mb = sum(saved.values()) / 1e6
         if contender.tolerance is not None:
-            found = errors(contender, direction, results, true)
+            found = errors(direction, results, true)
             cell.error_y, cell.error_dx, cell.error_parameters = found
             cell.note = complaint(contender, found)
             if cell.note is not None:
                 cell.status = "wrong"
                 return False
         del results
-        if case.x.is_cuda:
-            cell.peak_mb = _peak_memory(partial(contender, direction, case.x, case.grad)) / 1e6
+        cell.peak_mb = peak_bytes(partial(contender, direction, case.x, case.grad), case.x.device) / 1e6
     except Exception as error:
         _fail(cell, error)
         return False
@@ -149,6 +160,13 @@ def _fail(cell: Cell, error: Exception) -> None:
         return
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
     cell.status, cell.note = "failed", f"{type(error).__name__}: {lines[0].strip()[:160]}"
+
+
+def _not_compiled(eager: Cell, limits: Limits) -> str | None:
+    """Why the compiled form of what ``eager`` measures is not worth its compilation; None where it is."""
+    if not limits.compile_slowly:
+        return "slow, --compile-upstream"
+    return "the eager form is skipped" if eager.status == "skipped" else None
 
 
 def _excess(case: Case, direction: str, contender: Contender, limits: Limits) -> str | None:
@@ -185,15 +203,6 @@ def _count_saved(*inputs: Tensor) -> Iterator[dict[int, int]]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield storages
-
-
-def _peak_memory(call: Callable[[], object]) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def _time(case: Case, direction: str, ready: dict[str, Contender], cells: dict[str, Cell], limits: Limits) -> None:

@@ -8,13 +8,26 @@ import torch
 
 from benchmarks.environment import describe
 from benchmarks.kernels import cli, sweep
+from benchmarks.kernels.bare import BARE, BARE_FRESH, BARE_HUGE
 from benchmarks.kernels.check import complaint, errors, relative_error, truth
-from benchmarks.kernels.contenders import BOTH, COPY, DIRECTIONS, FORWARD, FUSED, REFERENCE, UPSTREAM, contenders
+from benchmarks.kernels.contender import BOTH, DIRECTIONS, FORWARD
+from benchmarks.kernels.contenders import (
+    CLOSED_FORM,
+    CLOSED_FORM_COMPILED,
+    COPY,
+    FRESH_COPY,
+    FUSED,
+    UPSTREAM,
+    UPSTREAM_COMPILED,
+    contenders,
+)
 from benchmarks.kernels.shapes import SHAPES, Shape, make_case
+from benchmarks.kernels.table import section
 from benchmarks.report import write_csv
-from daam_kernels import reference
+from daam_kernels import native, reference
 
 LIMITS = sweep.Limits(budget=0.0, call=60.0)
+needs_native = pytest.mark.skipif(not native.status()[0], reason="the native library is not there")
 
 
 def small_case(dtype=torch.float32, dims=(4, 12, 6), axis=1):
@@ -34,16 +47,56 @@ def test_truth_is_the_float64_reference_however_it_is_cut(monkeypatch, axis):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("name", [UPSTREAM, REFERENCE, FUSED])
+@pytest.mark.parametrize("name", [UPSTREAM, CLOSED_FORM, FUSED])
 def test_contenders_are_right(name, dtype):
     if name == UPSTREAM:
         pytest.importorskip("gaussian_adaptive_attention")
     case = small_case(dtype)
     contender, true = contenders(case)[name](), truth(case)
     for direction in DIRECTIONS:
-        found = errors(contender, direction, contender(direction, case.x, case.grad), true)
+        found = errors(direction, contender(direction, case.x, case.grad), true)
         assert complaint(contender, found) is None
         assert (found.dx is None) == (direction == FORWARD)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", [BARE, BARE_FRESH, BARE_HUGE])
+def test_bare_kernels_keep_the_contract_of_the_fused_operator(monkeypatch, name, dtype):
+    monkeypatch.setattr("benchmarks.kernels.bare._FRESH_MATTERS", 0)
+    case = small_case(dtype)
+    makers, true = contenders(case), truth(case)
+    contender = makers[name]()
+    assert contender.tolerance == makers[FUSED]().tolerance
+    for direction in DIRECTIONS:
+        first, second = (contender(direction, case.x, case.grad) for _ in range(2))
+        assert complaint(contender, errors(direction, first, true)) is None
+        made_anew = [a.data_ptr() != b.data_ptr() for a, b in zip(first, second)]
+        assert made_anew[: 2 if direction == BOTH else 1] == [name != BARE] * (len(made_anew) > 1) + [name != BARE]
+
+
+@needs_native
+@pytest.mark.parametrize("environment", [0, native._HUGE_PAGES], ids=["not set", "set"])
+def test_only_one_bare_kernel_asks_for_huge_pages_whatever_the_environment_says(monkeypatch, environment):
+    monkeypatch.setattr("benchmarks.kernels.bare._FRESH_MATTERS", 0)
+    monkeypatch.setattr(native, "_library", lambda library=native._library(): library._replace(flags=environment))
+    native._problem.cache_clear()
+    try:
+        case = small_case()
+        makers = contenders(case)
+        for name, expected in ((BARE, 0), (BARE_FRESH, 0), (BARE_HUGE, native._HUGE_PAGES)):
+            contender = makers[name]()
+            for problem in (contender.forward, contender.backward):
+                assert problem.structure.flags & native._HUGE_PAGES == expected
+    finally:
+        native._problem.cache_clear()
+
+
+def test_bare_kernels_are_left_out_without_the_library_and_fresh_ones_for_small_tensors(monkeypatch):
+    names = list(contenders(small_case()))
+    assert BARE_FRESH not in names and BARE_HUGE not in names and FRESH_COPY in names
+    monkeypatch.setattr(native, "status", lambda: (False, "not built"))
+    assert BARE not in contenders(small_case())
 
 
 @pytest.mark.parametrize("result, error", [([3.0, 4.0], 0.0), ([3.0, 4.5], 0.1), ([3.0, math.nan], math.inf)])
@@ -59,15 +112,15 @@ def test_relative_error_of_another_shape_or_a_vanished_truth():
 def test_a_wrong_a_failing_and_a_missing_contender_get_no_number(monkeypatch):
     def with_faults(case):
         makers = contenders(case)
-        right = makers[REFERENCE]()
+        right = makers[CLOSED_FORM]()
 
         def wrong():
-            contender = contenders(case)[REFERENCE]()
+            contender = contenders(case)[CLOSED_FORM]()
             contender.function = lambda x, function=contender.function: function(x) * 1.01
             return contender
 
         def failing():
-            contender = contenders(case)[REFERENCE]()
+            contender = contenders(case)[CLOSED_FORM]()
             contender.function = lambda x: x.view(-1, 7)
             return contender
 
@@ -88,7 +141,7 @@ def test_a_wrong_a_failing_and_a_missing_contender_get_no_number(monkeypatch):
         assert (wrong.status, wrong.wall_us) == ("wrong", None) and wrong.note.startswith("error of y is 1.0e-02")
         assert (failing.status, failing.wall_us) == ("failed", None) and failing.note.startswith("RuntimeError")
         assert (missing.status, missing.note) == ("skipped", "nowhere is not installed")
-        assert cli._section(group).count("\n") == 3 + len(group)
+        assert section(group).count("\n") == 3 + len(group)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +153,50 @@ def test_what_would_not_end_or_fit_is_skipped_with_the_reason(monkeypatch, limit
     monkeypatch.setattr(sweep, "_PROBE", 100)
     monkeypatch.setattr(sweep, "available_memory", lambda: memory)
     case = small_case()
-    cell = sweep._cell(case, BOTH, REFERENCE)
-    assert not sweep._admit(case, BOTH, contenders(case)[REFERENCE](), limits, cell, truth(case))
+    cell = sweep._cell(case, BOTH, CLOSED_FORM)
+    assert not sweep._admit(case, BOTH, contenders(case)[CLOSED_FORM](), limits, cell, truth(case))
     assert cell.status == "skipped" and note in cell.note and cell.error_y is None
+
+
+def test_what_compiles_slowly_is_skipped_where_asked_or_where_its_eager_form_is(monkeypatch):
+    eager = sweep._cell(small_case(), BOTH, UPSTREAM)
+    assert sweep._not_compiled(eager, LIMITS) is None
+    assert "--compile-upstream" in sweep._not_compiled(eager, sweep.Limits(0.0, 60.0, compile_slowly=False))
+    eager.status = "skipped"
+    assert sweep._not_compiled(eager, LIMITS) == "the eager form is skipped"
+
+    def few(case):
+        makers = contenders(case)
+        return {name: makers[name] for name in (UPSTREAM, UPSTREAM_COMPILED, COPY)}
+
+    pytest.importorskip("gaussian_adaptive_attention")
+    monkeypatch.setattr(sweep, "contenders", few)
+    limits = sweep.Limits(0.0, 60.0, compile_slowly=False)
+    for eager, compiled, _ in sweep.measure(small_case(), limits, lambda what: None):
+        assert (eager.status, compiled.status, compiled.wall_us) == ("ok", "skipped", None)
+
+
+def test_compiled_forms_have_names_of_their_own():
+    pytest.importorskip("gaussian_adaptive_attention")
+    makers = contenders(small_case())
+    for eager, compiled in ((UPSTREAM, UPSTREAM_COMPILED), (CLOSED_FORM, CLOSED_FORM_COMPILED)):
+        assert (makers[eager]().name, makers[compiled]().name) == (eager, compiled)
+        assert (makers[eager]().compiled, makers[compiled]().compiled) == (False, True)
+    assert makers[UPSTREAM_COMPILED]().slow_to_compile and not makers[CLOSED_FORM_COMPILED]().slow_to_compile
+
+
+def test_the_table_shows_fresh_memory_apart():
+    group = []
+    for name, microseconds in ((BARE, 2000.0), (BARE_FRESH, 5500.0), (BARE_HUGE, 3000.0)):
+        cell = sweep._cell(small_case(), FORWARD, name)
+        cell.wall_us, cell.peak_mb = microseconds, 0.0042
+        group.append(cell)
+    *table, last = section(group).splitlines()
+    parts = "kernel alone 2.0 ms", "into fresh memory 5.5 ms (+3.5)", "with DAAM_KERNELS_HUGE_PAGES=1 3.0 ms (+1.0)"
+    assert last == ", ".join(parts)
+    assert table[2].split()[-2:] == ["peak", "MB"] and table[4].endswith("0.004")
+    assert max(map(len, table)) < 120
+    assert "fresh memory" not in section(group[:1]) and "HUGE" not in section(group[:2])
 
 
 def test_saved_memory_counts_what_the_backward_holds_beside_the_inputs():
@@ -130,6 +224,15 @@ def test_pictures_are_made_from_the_csv_one_per_type(tmp_path):
     paths = plot(tmp_path / "kernels-cpu.csv", tmp_path)
     assert [path.name for path in paths] == ["kernels-cpu-float32.png", "kernels-cpu-bfloat16.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_pictures_tell_the_contenders_apart():
+    pytest.importorskip("matplotlib")
+    from benchmarks.kernels.plots import _color
+
+    shown = [UPSTREAM, UPSTREAM_COMPILED, CLOSED_FORM, CLOSED_FORM_COMPILED, f"{FUSED} (native)", BARE]
+    assert len({_color(name) for name in shown} - {None}) == len(shown)
+    assert _color(COPY) is _color(BARE_FRESH) is None
 
 
 def test_layout_of_the_channels_last_case():
