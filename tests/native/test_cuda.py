@@ -3,13 +3,13 @@
 The numeric contract and whatever else is asked of every backend: test_what_is_asked_of_every_backend.
 """
 
-import ctypes
 import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from support import (
+    NEGLIGIBLE,
     assert_close,
     assert_contract,
     assert_margins_intact,
@@ -27,8 +28,8 @@ from support import (
     truth,
 )
 
-from .cuda_compile import compile_kernels, faults
-from .cuda_library import OPTIONS, ROOT, Library, compile_emulation, compile_library, environment
+from .cuda_compile import ARCHITECTURES, KERNELS, Compiled, faults, read_report
+from .cuda_library import OPTIONS, ROOT, Library, compile_emulation, environment
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
@@ -152,7 +153,15 @@ def placed(t, offset, step):
 def test_any_problem(library, problem):
     x, mean_offsets, c, grad, options = problem
     expected = truth(x, mean_offsets, c, grad, **options)
-    assert_contract(library.evaluate(x, mean_offsets, c, grad, **options), expected, x.dtype)
+    got = library.evaluate(x, mean_offsets, c, grad, **options)
+    assert_contract_but_for_underflow(got, expected, x.dtype)
+
+
+def assert_contract_but_for_underflow(got, expected, dtype):
+    """The contract; of y and dx, what is as near as the smallest number of the type counts as exact."""
+    finest = max(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, NEGLIGIBLE)
+    near = [torch.where((g.double() - e).abs() <= finest, e, g.double()) for g, e in zip(got[:2], expected[:2])]
+    assert_contract((*near, *got[2:]), expected, dtype)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -256,13 +265,13 @@ def test_the_host_code_compiles_without_warnings(compiler, source):
     subprocess.run([*command, str(ROOT / "csrc" / "cuda" / source)], check=True)
 
 
-def test_launches_fill_the_device_and_fit_it(tmp_path):
-    """Every launch that plan() makes, of thousands of problems, checked by a program of its own."""
-    flags = ("-fsanitize=undefined", "-fno-sanitize-recover=all")
-    compile_library(tmp_path / "launches.so", "tests/native/cuda_launches.cpp", "csrc/cuda/launch.cpp", flags=flags)
-    check = ctypes.CDLL(str(tmp_path / "launches.so")).check_launches
-    check.restype = ctypes.c_char_p
-    assert check() == b""
+def test_launches_fit_the_device(tmp_path):
+    """Every launch that plan() makes of thousands of problems, checked by a program of its own."""
+    sources = ROOT / "tests/native/cuda_launches.cpp", ROOT / "csrc/cuda/launch.cpp"
+    command = ["g++", "-std=c++17", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    subprocess.run([*command, "-o", tmp_path / "check", *sources], check=True)
+    result = subprocess.run([tmp_path / "check"], capture_output=True, text=True)
+    assert result.returncode == 0 and int(result.stdout.split()[0]) > 10000, result.stdout + result.stderr
 
 
 def test_what_is_asked_of_every_backend():
@@ -285,24 +294,73 @@ def test_no_access_out_of_bounds():
     )
 
 
-@pytest.mark.skipif(not SANITIZED, reason="would go unnoticed without the sanitizers")
+@pytest.mark.skipif(not SANITIZED, reason="only the sanitizers see it")
 def test_a_deliberately_bad_call_is_noticed(compiled):
-    code = (
-        "import torch; from native.cuda_library import Library\n"
-        f"library = Library({str(compiled[0])!r}, __import__('pathlib').Path({str(compiled[1])!r}))\n"
-        "x, p = torch.randn(4, 64), torch.ones(1, 1)\n"
-        "library.forward(x, p, p, y=torch.empty(4, 64).untyped_storage() and torch.empty(8).as_strided((4, 64), (64, 1)))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True)
-    assert "AddressSanitizer: heap-buffer-overflow" in result.stderr
+    host, driver = map(str, compiled)
+    code = f"""
+        import torch
+        from pathlib import Path
+        from native.cuda_library import Library
+        library = Library(Path({host!r}), Path({driver!r}))
+        x, ones, y = torch.randn(4, 64), torch.ones(1, 1), torch.empty(4, 64)
+        y.untyped_storage().resize_(y.nbytes - 4)  # y keeps its shape
+        library.forward(x, ones, ones, y=y)
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
+    assert "AddressSanitizer: heap-buffer-overflow" in result.stderr, result.stderr[-2000:]
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_machine_code(tmp_path):
-    kernels = compile_kernels(tmp_path)
-    for k in kernels:
-        print(*k)
-    assert not faults(kernels)
+REPORT = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'daam_forward_rows_float32' for 'sm_80'
+ptxas info    : Function properties for daam_forward_rows_float32
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 80 registers, used 1 barriers, 672 bytes cmem[0]
+ptxas info    : Function properties for _ZN4daam4cuda17quadratic_by_warpERKNS0_4TaskEl
+    16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Compiling entry function 'daam_parameter_gradients' for 'sm_80'
+ptxas info    : Function properties for daam_parameter_gradients
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 58 registers, used 1 barriers, 672 bytes cmem[0]
+"""
+PTX = """\
+.visible .entry daam_forward_rows_float32(
+cp.async.cg.shared.global [%r3], [%rd4], 16;
+ld.global.nc.v4.u32 {%r1, %r2, %r3, %r4}, [%rd2];
+st.global.v4.f32 [%rd7], {%f1, %f2, %f3, %f4};
+.visible .entry daam_parameter_gradients(
+cp.async.ca.shared.global [%r3], [%rd4], 4;
+ld.global.f32 %f1, [%rd2];
+ld.global.nc.v2.u32 {%r1, %r2}, [%rd2];
+st.global.v4.u16 [%rd7], {%rs1, %rs2, %rs3, %rs4};
+"""
+
+
+def test_the_report_on_machine_code_is_read():
+    assert read_report(REPORT, PTX) == [
+        Compiled("daam_forward_rows_float32", "sm_80", registers=80, spilled=12, wide_loads=2, wide_stores=1),
+        Compiled("daam_parameter_gradients", "sm_80", registers=58, spilled=0, wide_loads=0, wide_stores=0),
+    ]
+    for word in ("spill", "Used", "for 'sm"):
+        with pytest.raises(RuntimeError, match="not what ptxas"):
+            read_report(REPORT.replace(word, "otherwise"), PTX)
+
+
+def test_faults_of_machine_code_are_found():
+    good = [Compiled(name, a, 80, 0, 1, 1) for name in KERNELS for a in ARCHITECTURES]
+    assert len(good) == 31 * 3 and not faults(good)
+    assert good[0][:2] == ("daam_forward_rows_float32", "sm_80")
+    for change, fault in (
+        (dict(spilled=8), "spills 8 bytes on sm_80"),
+        (dict(wide_loads=0), "has 0 loads and 1 stores of 16 bytes"),
+        (dict(wide_stores=0), "has 1 loads and 0 stores of 16 bytes"),
+    ):
+        assert faults([good[0]._replace(**change), *good[1:]]) == [f"daam_forward_rows_float32 {fault}"]
+    strided = [k._replace(wide_loads=0, wide_stores=0) for k in good if "_strided_" in k.name]
+    assert not faults([*strided, *(k for k in good if "_strided_" not in k.name)])
+    for kernels in (good[:-1], [], [*good, good[0]]):
+        (found,) = faults(kernels)
+        assert found.startswith(f"{len(kernels)} kernels, not 31")
 
 
 def _pytest(*arguments, **variables):
