@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <utility>
 
 #include "launch.h"
 
@@ -45,10 +46,15 @@ void* find_symbol(void* library, const char* name) {
 
 struct Driver {
   CUresult (*init)(unsigned flags);
+  CUresult (*device)(CUdevice*, int ordinal);
+  CUresult (*retain_primary_context)(CUcontext*, CUdevice);
+  CUresult (*set_current_context)(CUcontext);
   CUresult (*current_context)(CUcontext*);
+  CUresult (*context_id)(CUcontext, unsigned long long*);
   CUresult (*current_device)(CUdevice*);
   CUresult (*device_attribute)(int* value, int attribute, CUdevice);
   CUresult (*load_module)(CUmodule*, const void* image);
+  CUresult (*unload_module)(CUmodule);
   CUresult (*find_function)(CUfunction*, CUmodule, const char* name);
   CUresult (*set_function_attribute)(CUfunction, int attribute, int value);
   CUresult (*launch)(
@@ -59,10 +65,14 @@ struct Driver {
   Driver() : complete(false) {
     void* library = open_library();
     if (!library) return;
-    complete = find(library, "cuInit", init) && find(library, "cuCtxGetCurrent", current_context) &&
+    complete = find(library, "cuInit", init) && find(library, "cuDeviceGet", device) &&
+               find(library, "cuDevicePrimaryCtxRetain", retain_primary_context) &&
+               find(library, "cuCtxSetCurrent", set_current_context) &&
+               find(library, "cuCtxGetCurrent", current_context) && find(library, "cuCtxGetId", context_id) &&
                find(library, "cuCtxGetDevice", current_device) &&
                find(library, "cuDeviceGetAttribute", device_attribute) &&
-               find(library, "cuModuleLoadData", load_module) && find(library, "cuModuleGetFunction", find_function) &&
+               find(library, "cuModuleLoadData", load_module) && find(library, "cuModuleUnload", unload_module) &&
+               find(library, "cuModuleGetFunction", find_function) &&
                find(library, "cuFuncSetAttribute", set_function_attribute) &&
                find(library, "cuLaunchKernel", launch) && init(0) == 0;
   }
@@ -81,45 +91,65 @@ const Driver& driver() {
 
 // An image in a context: its functions are looked up once.
 struct Kernels {
-  int status = DAAM_NO_KERNELS;
   CUfunction functions[kNumKernels], parameter_gradients;
-  int max_shared_bytes = 0;
+  int max_shared_bytes;
 
-  void load(const void* image) {
+  bool load(const void* image) {
     const Driver& d = driver();
     CUmodule module;
     CUdevice device;
-    if (d.current_device(&device) != 0) return;
-    if (d.device_attribute(&max_shared_bytes, kMaxSharedBytesOfDevice, device) != 0) return;
-    if (d.load_module(&module, image) != 0) return;
+    if (d.current_device(&device) != 0) return false;
+    if (d.device_attribute(&max_shared_bytes, kMaxSharedBytesOfDevice, device) != 0) return false;
+    if (d.load_module(&module, image) != 0) return false;
+    if (find_functions(module)) return true;
+    d.unload_module(module);
+    return false;
+  }
+
+ private:
+  bool find_functions(CUmodule module) {
+    const Driver& d = driver();
     for (int kernel = 0; kernel < kNumKernels; kernel++) {
       char name[64];
       kernel_name(kernel, name, sizeof(name));
       CUfunction& function = functions[kernel];
-      if (d.find_function(&function, module, name) != 0) return;
-      if (d.set_function_attribute(function, kMaxSharedBytesOfFunction, max_shared_bytes) != 0) return;
+      if (d.find_function(&function, module, name) != 0) return false;
+      if (d.set_function_attribute(function, kMaxSharedBytesOfFunction, max_shared_bytes) != 0) return false;
     }
-    if (d.find_function(&parameter_gradients, module, kParameterKernel) != 0) return;
-    status = DAAM_OK;
+    return d.find_function(&parameter_gradients, module, kParameterKernel) == 0;
   }
 };
 
-// Those of the current context; what failed to load is not tried again.
+// Of the calling thread. One that has none, as torch's threads of the backward pass may, gets what the CUDA runtime would
+// give it: the first device's primary context.
+CUcontext find_context() {
+  const Driver& d = driver();
+  CUcontext context = NULL;
+  CUdevice device;
+  if (d.current_context(&context) != 0) return NULL;
+  if (context) return context;
+  if (d.device(&device, 0) != 0 || d.retain_primary_context(&context, device) != 0) return NULL;
+  return d.set_current_context(context) == 0 ? context : NULL;
+}
+
+// Those of the current context. What failed to load is tried again: it may have been for want of memory.
 int find_kernels(const void* image, const Kernels** kernels) {
   if (!driver().complete) return DAAM_NO_DRIVER;
-  CUcontext context = NULL;
-  if (driver().current_context(&context) != 0 || !context) return DAAM_NO_DRIVER;
+  const CUcontext context = find_context();
+  unsigned long long id;  // a context's address may be that of an earlier one
+  if (!context || driver().context_id(context, &id) != 0) return DAAM_NO_DRIVER;
   static std::mutex mutex;
-  static std::map<std::pair<CUcontext, const void*>, Kernels> loaded;
+  static std::map<std::pair<unsigned long long, const void*>, Kernels> all;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_pair(context, image);
-  auto found = loaded.find(key);
-  if (found == loaded.end()) {
-    found = loaded.emplace(key, Kernels()).first;
-    found->second.load(image);
+  const auto key = std::make_pair(id, image);
+  auto found = all.find(key);
+  if (found == all.end()) {
+    Kernels loaded;
+    if (!loaded.load(image)) return DAAM_NO_KERNELS;
+    found = all.emplace(key, loaded).first;
   }
   *kernels = &found->second;
-  return found->second.status;
+  return DAAM_OK;
 }
 
 int launch(CUfunction function, Task& task, uint32_t blocks, uint32_t threads, uint32_t shared_bytes, void* stream) {
@@ -174,7 +204,9 @@ int daam_cuda_density_forward(
   return guarded([&] { return run(problem, t, image, stream); });
 }
 
-int64_t daam_cuda_workspace(const daam_density* problem) { return workspace_bytes(*problem); }
+int64_t daam_cuda_workspace(const daam_density* problem) {
+  return problem && is_served(*problem) ? workspace_bytes(*problem) : 0;
+}
 
 int daam_cuda_density_backward(
     const daam_density* problem, const void* grad, const void* x, const void* mean_offsets, const void* c,

@@ -37,7 +37,8 @@ bool is_served(const daam_density& problem);
 // Bytes of partial sums that the backward pass may need.
 int64_t workspace_bytes(const daam_density& problem);
 
-// The launch of one direction, for a device whose blocks may have so much shared memory. No empty problems.
+// The launch of one direction, for a device whose blocks may have so much shared memory; no blocks where there are no
+// slices.
 Launch plan(const daam_density& problem, const Tensors& tensors, int64_t max_shared_bytes);
 
 }  // namespace cuda

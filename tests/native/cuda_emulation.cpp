@@ -244,15 +244,41 @@ static __half __float2half_rn(float f) {
 
 extern "C" {
 
-int emulated_launches = 0;  // of all kernels, for the tests
+// For the tests.
+int emulated_launches = 0;  // of all kernels
+int emulated_loads = 0;     // of modules
+
+// One device with its primary context, which no thread has before it is set.
+static thread_local void* current_context = NULL;
+constexpr int kInvalidContext = 201;
 
 int cuInit(unsigned) { return 0; }
-int cuCtxGetCurrent(void** context) {
-  static int only;
-  *context = getenv("EMULATION_NO_CONTEXT") ? NULL : &only;
+int cuDeviceGet(int* device, int ordinal) {
+  *device = 0;
+  return ordinal || getenv("EMULATION_NO_DEVICE") ? 101 : 0;  // CUDA_ERROR_INVALID_DEVICE
+}
+int cuDevicePrimaryCtxRetain(void** context, int) {
+  static int primary;
+  *context = &primary;
   return 0;
 }
-int cuCtxGetDevice(int* device) { return *device = 0; }
+int cuCtxSetCurrent(void* context) {
+  current_context = context;
+  return 0;
+}
+int cuCtxGetCurrent(void** context) {
+  *context = current_context;
+  return 0;
+}
+int cuCtxGetId(void* context, unsigned long long* id) {
+  const char* given = getenv("EMULATION_CONTEXT");
+  *id = given ? strtoull(given, NULL, 10) : 0;
+  return context ? 0 : kInvalidContext;
+}
+int cuCtxGetDevice(int* device) {
+  *device = 0;
+  return current_context ? 0 : kInvalidContext;
+}
 int cuDeviceGetAttribute(int* value, int attribute, int) {
   const char* limit = getenv("EMULATION_SHARED_BYTES");
   if (attribute != 97) emulation::fail("attribute %d of a device", attribute);
@@ -260,9 +286,12 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
   return 0;
 }
 int cuModuleLoadData(void** module, const void* image) {
+  if (!current_context) return kInvalidContext;
+  emulated_loads++;
   *module = const_cast<void*>(image);
   return memcmp(image, "emulated", 8) == 0 ? 0 : 209;  // CUDA_ERROR_NO_BINARY_FOR_GPU
 }
+int cuModuleUnload(void*) { return 0; }
 
 struct NamedKernel {
   const char* name;
@@ -299,6 +328,7 @@ int cuLaunchKernel(
     void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
     unsigned block_z, unsigned shared_bytes, void*, void** arguments, void** extra) {
   const NamedKernel& kernel = *static_cast<NamedKernel*>(function);
+  if (!current_context) return kInvalidContext;
   if (grid_y != 1 || grid_z != 1 || block_y != 1 || block_z != 1 || extra) return 1;
   if (!grid_x || !block_x || block_x % 32 || block_x > kernel.max_threads || shared_bytes > kMaxSharedBytes) return 1;
   emulated_launches++;

@@ -79,12 +79,21 @@ class Library:
         self.host.daam_cuda_workspace.restype = c_int64
         self.host.daam_cuda_load.argtypes = [c_void_p]
         with environment(DAAM_KERNELS_CUDA_DRIVER=str(driver)):
-            self.status = self.host.daam_cuda_load(self.image)  # the driver is looked for once
-        self._launches = c_int.in_dll(ctypes.CDLL(str(driver)), "emulated_launches") if driver.exists() else None
+            self.status = self.load()  # the driver is looked for once
+        self._driver = ctypes.CDLL(str(driver)) if driver.exists() else None
+
+    def load(self) -> int:
+        return self.host.daam_cuda_load(self.image)
 
     @property
     def launches(self) -> int:
-        return self._launches.value
+        """Of all kernels, by all libraries with this driver."""
+        return c_int.in_dll(self._driver, "emulated_launches").value
+
+    @property
+    def loads(self) -> int:
+        """Of modules, by all libraries with this driver."""
+        return c_int.in_dll(self._driver, "emulated_loads").value
 
     def on_device(self, shared_bytes: int) -> Library:
         """The same on a device whose blocks have no more shared memory."""

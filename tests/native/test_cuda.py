@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -245,6 +246,9 @@ def test_what_is_not_served_is_refused(library):
         x, mean_offsets, c, _ = problem_of((2, length), dtype, 2, generator())
         with pytest.raises(RuntimeError, match="status 2"):
             library.forward(x, mean_offsets, c)
+        with pytest.raises(RuntimeError, match="status 2"):
+            library.backward(x, x, mean_offsets, c)
+    assert library.host.daam_cuda_workspace(bytes(1000)) == 0  # no heads, among other things
 
 
 def test_without_a_driver_or_kernels(compiled, tmp_path):
@@ -252,8 +256,40 @@ def test_without_a_driver_or_kernels(compiled, tmp_path):
     alone = Path(shutil.copy(host, tmp_path / "libhost.so"))  # another library, which has not looked for a driver yet
     assert Library(alone, tmp_path / "missing.so").status == 3
     assert Library(host, driver, image=b"of another device").status == 4
-    with environment(EMULATION_NO_CONTEXT="1"):
-        assert Library(host, driver).status == 3
+    with environment(EMULATION_NO_DEVICE="1"):
+        assert in_another_thread(lambda: Library(host, driver).status) == 3
+
+
+def test_what_failed_to_load_is_tried_again(compiled):
+    library = Library(*compiled)
+    library._buffer.value = b"changed"  # what the driver refuses, at an address of its own
+    with environment(EMULATION_CONTEXT="1"):
+        assert library.load() == 4
+        library._buffer.value = b"emulated"
+        assert library.load() == 0
+
+
+def test_threads_without_a_context(library):
+    """Those of torch's backward pass may have none: they get the first device's own."""
+    x, mean_offsets, c, grad = problem_of((2, 64), torch.float32, 1, generator(8))
+    expected = library.evaluate(x, mean_offsets, c, grad)
+    got = in_another_thread(lambda: library.evaluate(x, mean_offsets, c, grad))
+    for g, e in zip(got, expected, strict=True):
+        assert_same_bits(g, e)
+
+
+def in_another_thread(function):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_kernels_are_loaded_once_for_each_context(compiled):
+    library = Library(*compiled)
+    before = library.loads
+    for context, loads in (("2", 1), ("2", 1), ("3", 2), ("2", 2)):
+        with environment(EMULATION_CONTEXT=context):  # all at one address, as after another was destroyed
+            assert library.load() == 0
+        assert library.loads - before == loads
 
 
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
