@@ -50,8 +50,9 @@ def _losses(curve, difference, rows: list[dict[str, str]], summary: dict) -> Non
     names = [name for name in rows[0] if name != "epoch"]
     losses = [[float(row[name]) for row in rows] for name in names]
     for name, values, style in zip(names, losses, _STYLES):
-        accuracy, step = summary["test_accuracy"][name], summary["step_ms"][name]
-        curve.plot(epochs, values, label=f"{name}: {100 * accuracy:.1f} % right, {step:.1f} ms a step", **style)
+        accuracy, step, block = (summary[of][name] for of in ("test_accuracy", "step_ms", "block_ms"))
+        label = f"{name}: {100 * accuracy:.1f} % right, {step:.1f} ms a step, {block:.1f} ms the block alone"
+        curve.plot(epochs, values, label=label, **style)
     curve.set(yscale="log", xlabel="epoch", ylabel="training loss (cross entropy)")
     environment = summary["environment"]
     title = f"{environment['device']}, {environment['threads']} thread(s), backend {environment['backend']}"

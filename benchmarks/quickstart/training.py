@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .block import block_timer
 from .data import Utterances
 
 _BATCH = 30
@@ -22,6 +23,8 @@ class Training:
     Attributes:
         losses: the mean training loss of every epoch so far.
         step_seconds: the duration of every step so far: forward, backward and optimiser.
+        block_seconds: that of the block's forward and backward alone, once after every epoch, so that what else the
+            machine does slows it as it slows the steps.
     """
 
     def __init__(self, name: str, model: nn.Module, data: Utterances, epochs: int, seed: int) -> None:
@@ -32,6 +35,8 @@ class Training:
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
         self.losses: list[float] = []
         self.step_seconds: list[float] = []
+        self.block_seconds: list[float] = []
+        self.time_block = block_timer(model.block, data.frames[:_BATCH])
 
     def epoch(self) -> None:
         """One pass over the data."""
@@ -44,11 +49,16 @@ class Training:
             self.step_seconds.append(time.perf_counter() - start)
             total += loss * len(batch)
         self.losses.append(total / len(self.data.lengths))
+        self.block_seconds.append(self.time_block())
 
     def step_milliseconds(self) -> float:
         """The median of all steps but the first epoch's, in which caches and pools fill."""
         per_epoch = len(self.step_seconds) // len(self.losses)
         return 1e3 * statistics.median(self.step_seconds[per_epoch if len(self.losses) > 1 else 0 :])
+
+    def block_milliseconds(self) -> float:
+        """The median of the block alone, without the first epoch too."""
+        return 1e3 * statistics.median(self.block_seconds[1:] or self.block_seconds)
 
     def _step(self, frames: Tensor, lengths: Tensor, speakers: Tensor) -> float:
         self.optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""The quickstart's data: reading it, refusing what is not it, and the download that is whole or not at all."""
+"""The quickstart: reading its data, refusing what is not it, a download that is whole or not at all, its report."""
 
 import hashlib
 import os
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.quickstart import cli, data, download
+from benchmarks.quickstart.block import backend_details, backends_of, block_timer
 from benchmarks.quickstart.download import DataError
 
 HEADER = "#a comment: with a colon\n@problemName JapaneseVowels\n@classLabel true 1 2 3 4 5 6 7 8 9\n@data\n"
@@ -205,7 +206,8 @@ def test_the_model_trains_alike_after_fuse(folder):
         training.epoch()
     assert trainings[0].losses == pytest.approx(trainings[1].losses, rel=1e-9)
     assert trainings[0].losses[1] < trainings[0].losses[0]
-    assert len(trainings[0].step_seconds) == 4
+    assert len(trainings[0].step_seconds) == 4 and len(trainings[0].block_seconds) == 2
+    assert trainings[0].block_milliseconds() == 1e3 * trainings[0].block_seconds[1]
     assert 0 <= accuracy(fused, test._replace(frames=test.frames.double())) <= 1
 
 
@@ -218,6 +220,33 @@ def test_padding_does_not_reach_the_models_answer(folder):
     with torch.no_grad():
         out = model.block(train.frames)
     assert not out[torch.arange(29) >= train.lengths[:, None]].any()
+
+
+def test_the_block_alone_is_timed_and_left_as_it_is(folder):
+    pytest.importorskip("gaussian_adaptive_attention")
+    from benchmarks.quickstart.model import SpeakerRecogniser
+
+    train, _ = data.load([folder])
+    block = SpeakerRecogniser().block
+    before = [p.clone() for p in block.parameters()]
+    assert block_timer(block, train.frames[:4])() > 0
+    assert all(p.grad is None and torch.equal(p, q) for p, q in zip(block.parameters(), before))
+
+
+def test_the_backend_that_runs_is_named(folder, monkeypatch):
+    pytest.importorskip("gaussian_adaptive_attention")
+    from benchmarks.quickstart.model import SpeakerRecogniser
+    from daam_kernels import available_backends, fuse, native
+
+    train, _ = data.load([folder])
+    block = fuse(SpeakerRecogniser(), verbose=False).block
+    backends = backends_of(block, train.frames)
+    assert backends == (["native"] if available_backends()["native"] else ["reference"])
+    block.layers[0].backend = "reference"
+    assert "reference" in backends_of(block, train.frames)
+    monkeypatch.setattr(native, "status", lambda: (False, "not built here"))
+    text = backend_details(["reference"], on_gpu=False)
+    assert text == "'reference' (plain PyTorch, any device); 'native' is not available: not built here"
 
 
 def test_the_command_reports_missing_data(tmp_path, capsys):
