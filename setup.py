@@ -29,7 +29,7 @@ PROGRAMS = ("compiler_so", "compiler_so_cxx", "linker_so", "linker_so_cxx")
 if sys.platform == "win32":
     COMPILE, LINK, LIBRARIES = ["/O2", "/std:c++17"], [], []
 else:
-    COMPILE = "-O3 -g0 -std=c++17 -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
+    COMPILE = "-O2 -g0 -std=c++17 -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
     COMPILE.append("-Wno-psabi")  # says that vectors are passed otherwise between compilers: here they stay inside
     LINK = ["-Wl,-z,defs"] if sys.platform == "linux" else []  # what is missing fails here, not when it is loaded
     LIBRARIES = ["dl"] if sys.platform == "linux" else []

@@ -19,6 +19,7 @@ constexpr int64_t kRowNumbers = 4096;      // elements of rows that are worked o
 constexpr int64_t kTileNumbers = 16384;    // of x in a tile of columns
 constexpr int64_t kNarrowestTile = 64;     // slices: narrower pieces of memory are slow to come by
 constexpr int64_t kWidestTile = 1024;
+constexpr int64_t kBesideEachOther = 32;   // elements of a column up to which groups are worked on together
 constexpr int64_t kTaskNumbers = 16384;    // elements that are worth a task
 constexpr int64_t kMostTasks = 1024;
 constexpr int64_t kSerialNumbers = 32768;  // below that, threads cost more than they save

@@ -33,12 +33,13 @@ void set_heads(const Job<T>& job, Heads<T>* heads) {
   const daam_density& p = job.problem;
   for (int64_t h = 0; h < p.num_heads; h++) {
     const daam::Quadratic q = daam::head_quadratic(p, job.tensors, h);
-    const T n = (T)job.length(h), root = (T)sqrt(q.a * 0.5 * kLog2E);
+    const double n = (double)job.length(h), root = sqrt(q.a * 0.5 * kLog2E);
     const bool narrow = !(q.a <= 4.0 * least(job.length(h), 16));
     for (int lane = 0; lane < Vector<T>::N; lane++) {
       Heads<T>& to = heads[job.rows ? (h + (p.num_heads - 1) * lane) % p.num_heads : h];
       to.center[lane] = (T)q.center, to.spread[lane] = (T)q.spread, to.level[lane] = (T)q.level;
-      to.root[lane] = root, to.n[lane] = n, to.narrow[lane] = narrow ? -1 : 0;
+      to.root[lane] = (T)root, to.inverse_root[lane] = (T)(1 / root), to.narrow[lane] = narrow ? -1 : 0;
+      to.count.n[lane] = (T)n, to.count.share[lane] = (T)(1 / n), to.count.free_share[lane] = (T)(1 / (n - 1));
     }
   }
 }
@@ -54,14 +55,12 @@ void run_task(Job<T>& job, int64_t task) {
   }
   for (int64_t i = begin; i < end; i++) {
     Unit unit(job, i, 0, job.longest, memory);
-    for (int64_t j = 0; j < unit.groups(); j++) {
-      if constexpr (BACKWARD) {
-        SliceSums<T> sums;
-        backward_group<T, Unit::kRows, P>(unit.group(j), job.rules, sums);
-        unit.add(sums, j, job.sums + task * job.problem.num_heads * 4);
-      } else {
-        forward_group<T, Unit::kRows, P>(unit.group(j), job.rules);
-      }
+    for (int64_t j = 0; j < unit.groups(); j += unit.together()) {
+      const int count = (int)least(unit.together(), unit.groups() - j);
+      SliceSums<T> sums[kTogether];
+      work_on_groups<T, typename Unit::Layout, P, BACKWARD>(unit.take(j, count), count, job.rules, sums);
+      if constexpr (BACKWARD)
+        for (int b = 0; b < count; b++) unit.add(sums[b], j + b, job.sums + task * job.problem.num_heads * 4);
     }
     unit.write_back();
   }

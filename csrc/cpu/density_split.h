@@ -17,7 +17,7 @@ struct WeightedSums {
 template <class T>
 struct Found {
   Statistics<T> statistics;
-  V<T> squares, first_grad;
+  V<T> squares, near, first_grad;
   Mask<T> any_valid;
   Totals<T> totals;
   WeightedSums<T> sums;
@@ -38,12 +38,12 @@ struct Known {
 
 template <class T, class Unit, bool BACKWARD, Padding P>
 class Split {
-  static constexpr bool ROWS = Unit::kRows;
+  typedef typename Unit::Layout L;
   static constexpr int N = Vector<T>::N;
 
  public:
   explicit Split(Job<T>& job)
-      : job(job), runs(divide_up(job.longest, job.run)), groups(ROWS ? 1 : divide_up(job.width, N)),
+      : job(job), runs(divide_up(job.longest, job.run)), groups(L::kRows ? 1 : divide_up(job.width, N)),
         found_memory(sizeof(Found<T>) * job.units * runs * groups), known_memory(sizeof(Known<T>) * job.units * groups),
         found(static_cast<Found<T>*>(found_memory.at)), known(static_cast<Known<T>*>(known_memory.at)) {}
 
@@ -63,7 +63,7 @@ class Split {
     sweep_runs(false, [&](const Group<T>& g, Found<T>& f, Known<T>& k) { find_run_sums(g, k, ~k.moved, f); });
     merge_units([&](int64_t unit, int64_t j) { merge_totals(unit, j); });
     sweep_runs(false, [&](const Group<T>& g, Found<T>& f, Known<T>& k) {
-      if (any(k.moved)) find_nearest<T, ROWS, P, BACKWARD>(g, k.moved, k.statistics, f.nearest);
+      if (any(k.moved)) find_nearest<T, L, P, BACKWARD>(g, k.moved, k.statistics, job.run, f.nearest);
     });
     merge_units([&](int64_t unit, int64_t j) { merge_nearest(unit, j); });
     sweep_runs(false, [&](const Group<T>& g, Found<T>& f, Known<T>& k) { find_run_sums(g, k, k.moved, f); });
@@ -83,7 +83,7 @@ class Split {
       return;
     }
     Unit packed(job, unit, run * job.run, job.run, memory);
-    for (int64_t j = 0; j < packed.groups(); j++) body(packed.group(j), found_of(unit, run, j), known_of(unit, j));
+    for (int64_t j = 0; j < packed.groups(); j++) body(*packed.take(j, 1), found_of(unit, run, j), known_of(unit, j));
     if (write) {
       packed.write_back();
       finish_streaming();
@@ -92,25 +92,29 @@ class Split {
 
   Known<T>& known_of(int64_t unit, int64_t j) { return known[unit * groups + j]; }
   Found<T>& found_of(int64_t unit, int64_t run, int64_t j) { return found[(unit * runs + run) * groups + j]; }
-  int64_t head(int64_t unit) const { return ROWS ? unit % job.problem.num_heads : job.column_head(unit); }
+  int64_t head(int64_t unit) const { return L::kRows ? unit % job.problem.num_heads : job.column_head(unit); }
   int64_t runs_of(int64_t unit) const { return divide_up(job.length(head(unit)), job.run); }
   const Heads<T>& heads(int64_t unit) const { return job.heads[head(unit)]; }
 
   void find_run_statistics(const Group<T>& whole, Found<T>& f) {
     Group<T> g = whole;  // of the run's own length
-    g.heads.n = splat<T>((T)g.row[0].n);
-    const V<T> count = count_elements<T, ROWS, P>(g), members = count > 1 ? count : splat<T>(1);
-    V<T> shift = guess_means<T, ROWS, P>(g);
+    Heads<T> of_run = *g.heads;
+    set_count<T>(of_run.count, splat<T>((T)g.row[0].n));
+    g.heads = &of_run;
+    Count<T>& count = f.statistics.count;
+    count_elements<T, L, P>(g, count);
+    count.share = 1 / (count.n > 1 ? count.n : splat<T>(1));  // a run may have fewer than two
+    V<T> shift = guess_means<T, L, P>(g);
     Moments<T> m{};
-    find_moments<T, ROWS, P>(g, g.lanes(), shift, m);
-    shift += m.first / members;
-    find_moments<T, ROWS, P>(g, g.lanes(), shift, m);
-    f.statistics = finish_statistics<T>(shift, m, count > 1 ? members_of<T>(count) : members, 0);
-    f.statistics.count = count;
-    const V<T> squares = m.second - m.first / members * m.first;
+    find_moments<T, L, P>(g, g.lanes(), shift, m);
+    shift += m.first * count.share;
+    find_moments<T, L, P>(g, g.lanes(), shift, m);
+    finish_statistics<T>(shift, m, 0, f.statistics);
+    const V<T> squares = m.second - m.first * count.share * m.first;
     f.squares = squares < 0 ? V<T>{} : squares;
     if constexpr (BACKWARD) {
-      f.first_grad = first_gradients<T, ROWS, P>(g);
+      f.near = find_near<T, L, P>(g, f.statistics);
+      f.first_grad = first_gradients<T, L, P>(g);
       f.any_valid = has_valid(g);
     }
   }
@@ -118,15 +122,16 @@ class Split {
   static Mask<T> has_valid(const Group<T>& g) {
     if constexpr (P == Padding::kNone) return ~Mask<T>{};
     Mask<T> valid{};
-    for (int64_t i = 0; i < (ROWS ? divide_up(g.row[0].n, N) : g.row[0].n); i++)
+    for (int64_t i = 0; i < (L::kRows ? divide_up(g.row[0].n, N) : g.row[0].n); i++)
       valid |= load_mask<T>(g.row[0].valid + i * N);
-    if constexpr (ROWS) return any(valid) ? ~Mask<T>{} : Mask<T>{};
+    if constexpr (L::kRows) return any(valid) ? ~Mask<T>{} : Mask<T>{};
     return valid;
   }
 
   // In double, relative to the first run's mean, so that an offset of all runs costs no digits.
   void merge_statistics(int64_t unit, int64_t j) {
     Known<T>& k = known_of(unit, j);
+    V<T> counts{};
     for (int lane = 0; lane < N; lane++) {
       const T base = found_of(unit, 0, j).statistics.high[lane];
       double count = 0, first = 0, second = 0;
@@ -134,7 +139,7 @@ class Split {
       T grad = 0;
       for (int64_t r = 0; r < runs_of(unit); r++) {
         const Found<T>& f = found_of(unit, r, j);
-        const double c = (double)f.statistics.count[lane];
+        const double c = (double)f.statistics.count.n[lane];
         if (BACKWARD && !have_grad && f.any_valid[lane]) grad = f.first_grad[lane], have_grad = true;
         if (c == 0) continue;
         const double from_base = ((double)f.statistics.high[lane] - base) + (double)f.statistics.low[lane];
@@ -145,31 +150,44 @@ class Split {
       }
       const double offset = first / (count > 1 ? count : 1);
       const T high = (T)(base + offset);
-      k.statistics.count[lane] = (T)count;
+      counts[lane] = (T)count;
       k.statistics.high[lane] = high;
       k.statistics.low[lane] = (T)(offset - ((double)high - base));
       k.statistics.var[lane] = (T)(second / ((count > 2 ? count : 2) - 1)) + (T)job.rules.eps;
       k.origin.grad[lane] = grad;
     }
+    set_count<T>(k.statistics.count, counts);
     k.statistics.rstd = 1 / square_root(k.statistics.var);
     origin_at_center<T>(k.origin, k.statistics, heads(unit));
-    k.moved = heads(unit).narrow & first_lanes<T>(ROWS ? 1 : N);
+    if constexpr (BACKWARD) start_at<T>(k.origin, merge_near(unit, j));
+    k.moved = heads(unit).narrow & first_lanes<T>(L::kRows ? 1 : N);
+  }
+
+  V<T> merge_near(int64_t unit, int64_t j) {
+    const Known<T>& k = known_of(unit, j);
+    const auto distance = [&](V<T> x) { return absolute<T>((x - k.origin.high) - k.origin.low); };
+    V<T> best = found_of(unit, 0, j).near;
+    for (int64_t r = 1; r < runs_of(unit); r++) {
+      const V<T> other = found_of(unit, r, j).near;
+      best = distance(other) < distance(best) ? other : best;
+    }
+    return best;
   }
 
   void find_run_densities(const Group<T>& g, const Known<T>& k, Mask<T> asked, Totals<T>& totals) {
     if (any(k.moved))
-      find_densities<T, ROWS, P, BACKWARD, true>(g, asked, k.origin, totals);
+      find_densities<T, L, P, BACKWARD, true>(g, asked, k.origin, totals);
     else
-      find_densities<T, ROWS, P, BACKWARD, false>(g, asked, k.origin, totals);
+      find_densities<T, L, P, BACKWARD, false>(g, asked, k.origin, totals);
   }
 
   void find_run_sums(const Group<T>& g, const Known<T>& k, Mask<T> asked, Found<T>& f) {
     if (!any(asked & g.lanes())) return;
     find_run_densities(g, k, asked, f.totals);
     if constexpr (BACKWARD)
-      each_row<T, ROWS>(g, asked, [&](int r) __attribute__((always_inline)) {
+      each_row<T, L>(g, asked, [&](int r) __attribute__((always_inline)) {
         const Row<T> row = g.row[r];
-        const V<T> twice = of_row<T, ROWS>(k.origin.twice, r);
+        const V<T> twice = of_row<T, L>(k.origin.twice, r);
         Sum<T> z, zz, qz, qzz;
         const auto body = [&](int64_t i, auto, auto) __attribute__((always_inline)) {
           const V<T> from = load(row.z + i * N), mz = load(row.density + i * N) * from, mzz = mz * (from + twice);
@@ -179,11 +197,11 @@ class Split {
           qz.block += mz * q;
           qzz.block += mzz * q;
         };
-        sweep<T, ROWS>(row.n, body, [&]() __attribute__((always_inline)) { z.flush(), zz.flush(), qz.flush(), qzz.flush(); });
-        set_sum<T, ROWS>(f.sums.z, r, z.total);
-        set_sum<T, ROWS>(f.sums.zz, r, zz.total);
-        set_sum<T, ROWS>(f.sums.qz, r, qz.total);
-        set_sum<T, ROWS>(f.sums.qzz, r, qzz.total);
+        sweep<T, L>(row.n, body, [&]() __attribute__((always_inline)) { z.flush(), zz.flush(), qz.flush(), qzz.flush(); });
+        set_sum<T, L>(f.sums.z, r, z.total);
+        set_sum<T, L>(f.sums.zz, r, zz.total);
+        set_sum<T, L>(f.sums.qz, r, qz.total);
+        set_sum<T, L>(f.sums.qzz, r, qzz.total);
       });
   }
 
@@ -208,7 +226,7 @@ class Split {
     Known<T>& k = known_of(unit, j);
     if (any(k.moved)) return;
     add_totals(unit, j);
-    k.moved = too_far<T>(k.totals.density, k.statistics.count) & first_lanes<T>(ROWS ? 1 : N);
+    k.moved = too_far<T>(k.totals.density, k.statistics.count.n) & first_lanes<T>(L::kRows ? 1 : N);
   }
 
   void merge_nearest(int64_t unit, int64_t j) {
@@ -228,13 +246,13 @@ class Split {
   void finish(int64_t unit, int64_t j) {
     Known<T>& k = known_of(unit, j);
     if (any(k.moved)) add_totals(unit, j);
-    k.normaliser = find_normaliser<T>(k.totals.density, k.origin, k.statistics, heads(unit), job.rules.softmax);
+    find_normaliser<T>(k.totals.density, k.origin, k.statistics, heads(unit), job.rules.softmax, k.normaliser);
     if (BACKWARD) k.mean_q = mean_of_q<T>(k.totals, k.normaliser, k.origin);
   }
 
   void merge_slopes(int64_t unit) {
     double* const to = job.sums + (unit / job.units_per_task * job.problem.num_heads + head(unit)) * 4;
-    const int64_t count = ROWS ? 1 : job.column_lanes(unit).count;
+    const int64_t count = L::kRows ? 1 : job.column_lanes(unit).count;
     for (int64_t j = 0; j < divide_up(count, N); j++) {
       Known<T>& k = known_of(unit, j);
       const auto sum_p = [&](V<T> of_densities, V<T> of_q) { return of_q - k.mean_q * of_densities; };
@@ -245,8 +263,8 @@ class Split {
           sum_p(add_runs(unit, j, [](const Found<T>& f) { return f.sums.zz; }),
                 add_runs(unit, j, [](const Found<T>& f) { return f.sums.qzz; }))};
       SliceSums<T> sums;
-      k.through = gradient_through<T, P>(
-          raw, k.normaliser, k.origin, k.statistics, heads(unit), job.rules.residual, sums);
+      find_through<T, P>(
+          raw, k.normaliser, k.origin, k.statistics, heads(unit), job.rules.residual, sums, k.through);
       for (int64_t l = 0; l < least(N, count - j * N); l++)
         to[0] += sums.t0[l], to[1] += sums.t0_v[l], to[2] += sums.u1_v[l], to[3] += sums.u2_v[l];
     }
@@ -256,10 +274,10 @@ class Split {
     find_run_densities(g, k, ~Mask<T>{}, f.totals);
     if constexpr (BACKWARD) {
       Slopes<T> again{};
-      find_slopes<T, ROWS>(g, k.origin, k.mean_q, again);
-      write_gradient<T, ROWS, P>(g, k.through, k.origin, job.rules.residual);
+      find_slopes<T, L>(g, k.origin, k.mean_q, again);
+      write_gradient<T, L, P>(g, k.through, k.origin, job.rules.residual);
     } else {
-      write_output<T, ROWS, P>(g, k.normaliser, k.statistics.count, job.rules.residual);
+      write_output<T, L, P>(g, k.normaliser, k.statistics.count.n, job.rules.residual);
     }
   }
 

@@ -119,10 +119,16 @@ void unpack_row(const T* row, int64_t n, void* at, int64_t stride, bool stream) 
   for (; i < n; i++) put<T>(to + i * stride, row[i]);
 }
 
+DAAM_INLINE constexpr Format format_named(BFloat16) { return Format::kBFloat16; }
+DAAM_INLINE constexpr Format format_named(Float16) { return Format::kFloat16; }
+DAAM_INLINE constexpr Format format_named(float) { return Format::kSame; }
+DAAM_INLINE constexpr Format format_named(double) { return Format::kSame; }
+
 // What depends on the storage type alone.
 template <class T>
 struct Storage {
   size_t size;
+  Format format;
   void (*pack_tile)(const void*, const daam_strides&, const Lanes&, const Tile<T>&);
   void (*unpack_tile)(const Tile<T>&, void*, const daam_strides&, const Lanes&, bool);
   void (*pack_row)(const void*, int64_t, int64_t, T*);
@@ -130,7 +136,8 @@ struct Storage {
 
   template <class S>
   static Storage of() {
-    return {sizeof(S), ::pack_tile<T, S>, ::unpack_tile<T, S>, ::pack_row<T, S>, ::unpack_row<T, S>};
+    constexpr Format format = sizeof(S) == sizeof(T) ? Format::kSame : format_named(S());
+    return {sizeof(S), format, ::pack_tile<T, S>, ::unpack_tile<T, S>, ::pack_row<T, S>, ::unpack_row<T, S>};
   }
 };
 

@@ -73,6 +73,20 @@ DAAM_INLINE void store(T* at, V<T> v) {
   *reinterpret_cast<typename Vector<T>::loose*>(at) = v;
 }
 
+// v as a number of its own: a product that becomes part of a fused multiply-add in one place, and not in another, would
+// not be the same number in both.
+template <class Lanes>
+DAAM_INLINE Lanes rounded(Lanes v) {
+#if DAAM_X86 && DAAM_VECTOR_BYTES <= 32
+  asm("" : "+x"(v));
+#elif DAAM_X86 && defined(__AVX512F__)
+  asm("" : "+v"(v));
+#else
+  asm("" : "+m"(v));
+#endif
+  return v;
+}
+
 template <class T>
 DAAM_INLINE Mask<T> load_mask(const typename Vector<T>::integer* at) {
   return *reinterpret_cast<const typename Vector<T>::loose_mask*>(at);
@@ -140,11 +154,8 @@ DAAM_INLINE auto sum_of_lanes(Lanes v) {
 }
 #endif
 
-// 2^-x for x >= 0, to about a unit in the last place: 0 from x = 127 (1023) on, and NaN stays NaN.
-DAAM_INLINE V<float> exp2_minus(V<float> x) {
-  constexpr float shift = 12582912.f + 127.f;  // its last bits hold 127 - round(x) then: the exponent of the power
-  x = minimum(splat<float>(127.f), x);
-  const V<float> t = shift - x, r = (shift - t) - x;
+// 2^r of |r| <= 1/2 in float, times 2^e where the last bits of t hold e plus the bias of the exponent.
+DAAM_INLINE V<float> scaled_power(V<float> r, V<float> t) {
   V<float> p = splat<float>(1.535336188319500e-4f);
   p = p * r + 1.339887440266574e-3f;
   p = p * r + 9.618437357674640e-3f;
@@ -155,10 +166,8 @@ DAAM_INLINE V<float> exp2_minus(V<float> x) {
   return p * (V<float>)((Mask<float>)t << 23);
 }
 
-DAAM_INLINE V<double> exp2_minus(V<double> x) {
-  constexpr double shift = 6755399441055744.0 + 1023.0;
-  x = minimum(splat<double>(1023.0), x);
-  const V<double> t = shift - x, r = ((shift - t) - x) * 0.6931471805599453;
+DAAM_INLINE V<double> scaled_power(V<double> r, V<double> t) {
+  r *= 0.6931471805599453;
   V<double> p = splat<double>(1.0 / 6227020800.0);
   p = p * r + 1.0 / 479001600.0;
   p = p * r + 1.0 / 39916800.0;
@@ -174,6 +183,44 @@ DAAM_INLINE V<double> exp2_minus(V<double> x) {
   p = p * r + 1.0;
   p = p * r + 1.0;
   return p * (V<double>)((Mask<double>)t << 52);
+}
+
+// A number added to which x is rounded to an integer, in its last bits, together with the bias of the exponent; and the
+// x from which on 2^-x is 0.
+template <class T>
+constexpr T kShift = sizeof(T) == 4 ? (T)(12582912.0 + 127) : (T)(6755399441055744.0 + 1023);
+template <class T>
+constexpr T kMostHalvings = sizeof(T) == 4 ? (T)127 : (T)1023;
+
+// 2^-x for x >= 0, to about a unit in the last place: 0 where it is below the normal numbers, and NaN stays NaN.
+template <class T>
+DAAM_INLINE V<T> exp2_minus(V<T> x) {
+  x = minimum(splat<T>(kMostHalvings<T>), x);
+  const V<T> t = kShift<T> - x;
+  return scaled_power((kShift<T> - t) - x, t);
+}
+
+// The same of a b, 1 where that is below 0; the product is not rounded where there is a fused multiply-add.
+template <class T>
+DAAM_INLINE V<T> exp2_minus_product(V<T> a, V<T> b) {
+  const V<T> x = a * b, t = kShift<T> - a * b, power = scaled_power((kShift<T> - t) - a * b, t);
+  return keep<T>(~(x > kMostHalvings<T>), x < 0 ? splat<T>(1) : power);
+}
+
+// The same of the square of z, to the bit.
+template <class T>
+DAAM_INLINE V<T> exp2_minus_square(V<T> z) {
+  constexpr T most = sizeof(T) == 4 ? (T)11.26942766958464 : (T)31.98437118343875;  // sqrt(kMostHalvings)
+  z = minimum(splat<T>(most), absolute<T>(z));
+  const V<T> t = kShift<T> - z * z;
+  return scaled_power((kShift<T> - t) - z * z, t);
+}
+
+// Lanes [0, count) of a vector.
+template <class T>
+DAAM_INLINE Mask<T> first_lanes(int64_t count) {
+  constexpr typename Vector<T>::integer lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load_mask<T>(lanes) < (typename Vector<T>::integer)(count < 16 ? count : 16);
 }
 
 // Storage types. Vectors of N numbers come from and go to memory of any alignment.
@@ -207,9 +254,9 @@ DAAM_INLINE V<double> pack_as(V<double> v, const double*) { return v; }
 
 DAAM_INLINE typename Vector<float>::half pack_as(V<float> v, const BFloat16*) {
   const Mask<float> bits = (Mask<float>)v;
+  // A NaN stays one: those that arithmetic makes, or passes on from BFloat16, have zeros where it could overflow.
   const Mask<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Mask<float> stored = v == v ? rounded : (bits >> 16) | 0x40;
-  return __builtin_convertvector(stored, typename Vector<float>::half);
+  return __builtin_convertvector(rounded, typename Vector<float>::half);
 }
 
 DAAM_INLINE typename Vector<float>::half pack_as(V<float> v, const Float16*) {
@@ -233,6 +280,36 @@ template <class T, class S>
 DAAM_INLINE void store_as(S* at, V<T> v) {
   const auto packed = pack_as(v, at);
   memcpy(at, &packed, sizeof packed);
+}
+
+// Copies fewer bytes than SIZE, a power of two, of which UNIT is a divisor.
+template <size_t SIZE, size_t UNIT>
+DAAM_INLINE void copy_part(void* to, const void* from, size_t bytes) {
+  size_t done = 0;
+#pragma GCC unroll 6
+  for (size_t piece = SIZE / 2; piece >= UNIT; piece /= 2)
+    if (bytes & piece) {
+      memcpy(static_cast<char*>(to) + done, static_cast<const char*>(from) + done, piece);
+      done += piece;
+    }
+}
+
+// The first `count` numbers, fewer than N; zeros beyond.
+template <class T, class S>
+DAAM_INLINE V<T> load_part(const S* at, int64_t count) {
+#if DAAM_X86 && DAAM_VECTOR_BYTES == 32
+  if constexpr (sizeof(S) == 4) return (V<T>)_mm256_maskload_ps((const float*)at, (__m256i)first_lanes<T>(count));
+  if constexpr (sizeof(S) == 8) return (V<T>)_mm256_maskload_pd((const double*)at, (__m256i)first_lanes<T>(count));
+#endif
+  S some[Vector<T>::N] = {};
+  copy_part<sizeof some, sizeof(S)>(some, at, count * sizeof(S));
+  return load_as(some);
+}
+
+template <class T, class S>
+DAAM_INLINE void store_part(S* at, V<T> v, int64_t count) {
+  const auto packed = pack_as(v, at);
+  copy_part<sizeof packed, sizeof(S)>(at, &packed, count * sizeof(S));
 }
 
 // The same past the caches, to an address that is a multiple of its own size; an ordinary store where there is none.
@@ -262,13 +339,6 @@ DAAM_INLINE void finish_streaming() {
 #if DAAM_X86
   _mm_sfence();
 #endif
-}
-
-// Lanes [0, count) of a vector.
-template <class T>
-DAAM_INLINE Mask<T> first_lanes(int64_t count) {
-  constexpr typename Vector<T>::integer lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return load_mask<T>(lanes) < (typename Vector<T>::integer)(count < 16 ? count : 16);
 }
 
 }  // namespace
