@@ -59,8 +59,7 @@ void run_task(Job<T>& job, int64_t task) {
       const int count = (int)least(unit.together(), unit.groups() - j);
       SliceSums<T> sums[kTogether];
       work_on_groups<T, typename Unit::Layout, P, BACKWARD>(unit.take(j, count), count, job.rules, sums);
-      if constexpr (BACKWARD)
-        for (int b = 0; b < count; b++) unit.add(sums[b], j + b, job.sums + task * job.problem.num_heads * 4);
+      if constexpr (BACKWARD) unit.add(sums, count, j, job.sums + task * job.problem.num_heads * 4);
     }
     unit.write_back();
   }

@@ -82,10 +82,10 @@ class Rows {
     }
   }
 
-  void add(const SliceSums<T>& from, int64_t, double* to) const {
+  void add(const SliceSums<T>* from, int, int64_t, double* to) const {
     for (int r = 0; r < packed.count; r++) {
-      double* const head = to + places[r].head * 4;
-      head[0] += from.t0[r], head[1] += from.t0_v[r], head[2] += from.u1_v[r], head[3] += from.u2_v[r];
+      double* const sums = to + places[r].head * 4;
+      sums[0] += from->t0[r], sums[1] += from->t0_v[r], sums[2] += from->u1_v[r], sums[3] += from->u2_v[r];
     }
   }
 
@@ -228,11 +228,18 @@ class Columns {
     if (weights.at) job.storage.unpack_tile(weights, at(job.tensors.weights, s), s, lanes, job.stream);
   }
 
-  void add(const SliceSums<T>& from, int64_t j, double* to) const {
-    const int64_t count = least(N, lanes.count - j * N);
+  // Sums of groups from number j on.
+  void add(const SliceSums<T>* from, int groups, int64_t j, double* to) const {
+    SliceSums<T> sum;
+    sum.t0 = sum.t0_v = sum.u1_v = sum.u2_v = V<T>{};
+    for (int b = 0; b < groups; b++) {  // a few in T, all of them in double
+      const Mask<T> exist = first_lanes<T>(lanes.count - (j + b) * N);
+      sum.t0 += keep<T>(exist, from[b].t0), sum.t0_v += keep<T>(exist, from[b].t0_v);
+      sum.u1_v += keep<T>(exist, from[b].u1_v), sum.u2_v += keep<T>(exist, from[b].u2_v);
+    }
     double* const sums = to + head * 4;
-    for (int64_t l = 0; l < count; l++)
-      sums[0] += from.t0[l], sums[1] += from.t0_v[l], sums[2] += from.u1_v[l], sums[3] += from.u2_v[l];
+    for (int64_t l = 0; l < N; l++)
+      sums[0] += sum.t0[l], sums[1] += sum.t0_v[l], sums[2] += sum.u1_v[l], sums[3] += sum.u2_v[l];
   }
 
  private:
