@@ -146,7 +146,8 @@ def test_every_instruction_set_keeps_the_contract(name):
     from daam_kernels import native
     from support import DTYPES, assert_contract, evaluate, gaussians, generator, truth
 
-    shapes = ((5, 67), -1), ((3, 33, 19), 1), ((2, 5, 70), 1), ((1, 40000), -1), ((9000, 3), 0), ((1, 300, 130), 1)
+    shapes = ((5, 67), -1), ((3, 33, 19), 1), ((1, 40000), -1), ((9000, 3), 0), ((1, 300, 130), 1)
+    shapes += tuple(((2, length, 70), 1) for length in (4, 5, 7, 8, 11, 13, 15, 16))
     for (shape, axis), dtype, masked in itertools.product(shapes, DTYPES, (False, True)):
         rng = generator()
         x = (10 + torch.randn(shape, generator=rng)).to(dtype)
@@ -160,6 +161,26 @@ def test_every_instruction_set_keeps_the_contract(name):
     print(native.instruction_set())
     """
     assert python(code, DAAM_KERNELS_INSTRUCTION_SET=name) == name
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape, axis, num_heads",
+    [((1, 512), -1, 2), ((1, 511), -1, 3), ((1, 6, 256), 1, 2), ((1, 50, 120), 1, 1)],
+    ids=["rows", "odd rows", "short columns", "columns"],
+)
+def test_large_results_equal_small_ones(shape, axis, num_heads, dtype):
+    """Results from 16 MiB on are written past the caches; a slice's do not depend on how many others there are."""
+    rng = generator()
+    copies = (17 << 20) // (torch.Size(shape).numel() * torch.empty((), dtype=dtype).element_size()) + 1
+    x, grad = (torch.randn(copies, *shape[1:], generator=rng).to(dtype) for _ in range(2))
+    parameters = gaussians(num_heads, 3, rng, dtype=torch.promote_types(dtype, torch.float32))
+    large = evaluate("native", x, *parameters, grad, norm_axis=axis)
+    for rows in (slice(0, 20), slice(copies // 2, copies // 2 + 1), slice(copies - 3, copies)):
+        small = evaluate("native", x[rows], *parameters, grad[rows], norm_axis=axis)
+        for name, whole, part in zip(("y", "dx"), large, small):
+            assert_same_bits(whole[rows], part, name)
 
 
 @needs_library
