@@ -53,15 +53,15 @@ struct Row {
   const void *packed_x, *packed_grad;        // of Group::in_format: the first sweep unpacks them to x and grad
 };
 
-// Where the next group lies: touched while this one is worked on.
+// Where the next group lies: brought to the L2 cache while this one is worked on.
 struct Ahead {
   const char *x, *grad;
   int64_t step;  // bytes from one vector to the next
 
   template <bool BACKWARD>
   DAAM_INLINE void touch(int64_t i) const {
-    __builtin_prefetch(x + i * step);
-    if (BACKWARD) __builtin_prefetch(grad + i * step);
+    __builtin_prefetch(x + i * step, 0, 2);
+    if (BACKWARD) __builtin_prefetch(grad + i * step, 0, 2);
   }
 };
 

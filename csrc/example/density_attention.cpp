@@ -2,10 +2,10 @@
 // formula written out in double and against its finite differences.
 //
 // From the repository's root, with the library's sources:
-//   g++ -O3 -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=fast -pthread -I csrc
+//   g++ -O2 -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=fast -pthread -I csrc
 //       csrc/example/density_attention.cpp csrc/cpu/*.cpp csrc/cuda/*.cpp -ldl -o density_attention && ./density_attention
 // or with the library that pip built, LIBRARY being the file that `python -m daam_kernels.env` names:
-//   g++ -O3 -std=c++17 -pthread -I csrc csrc/example/density_attention.cpp LIBRARY -o density_attention
+//   g++ -O2 -std=c++17 -pthread -I csrc csrc/example/density_attention.cpp LIBRARY -o density_attention
 
 #include "daam_kernels.h"
 
