@@ -55,6 +55,7 @@ struct Job {
   double* sums;  // [tasks][heads][4], the backward's
   int status = DAAM_OK;
 
+  void run_out_of_memory() { __atomic_store_n(&status, DAAM_OUT_OF_MEMORY, __ATOMIC_RELAXED); }  // from any thread
   DAAM_INLINE int64_t length(int64_t head) const {
     return head == problem.num_heads - 1 ? problem.length - head * chunk : chunk;
   }

@@ -50,8 +50,7 @@ void run_task(Job<T>& job, int64_t task) {
   const int64_t begin = task * job.units_per_task, end = least(begin + job.units_per_task, job.units);
   void* const memory = daam::thread_scratch(Unit::scratch_bytes(job, job.longest));
   if (!memory) {
-    job.status = DAAM_OUT_OF_MEMORY;
-    return;
+    return job.run_out_of_memory();
   }
   for (int64_t i = begin; i < end; i++) {
     Unit unit(job, i, 0, job.longest, memory);

@@ -51,8 +51,7 @@ class Split {
   template <class Parallel>
   void run(Parallel parallel) {
     if (!found || !known) {
-      job.status = DAAM_OUT_OF_MEMORY;
-      return;
+      return job.run_out_of_memory();
     }
     const auto sweep_runs = [&](bool write, auto body) {
       parallel(job.units * runs, [&](int64_t i) { each_group(i / runs, i % runs, write, body); });
@@ -79,8 +78,7 @@ class Split {
     if (run >= runs_of(unit)) return;
     void* const memory = daam::thread_scratch(Unit::scratch_bytes(job, job.run));
     if (!memory) {
-      job.status = DAAM_OUT_OF_MEMORY;
-      return;
+      return job.run_out_of_memory();
     }
     Unit packed(job, unit, run * job.run, job.run, memory);
     for (int64_t j = 0; j < packed.groups(); j++) body(*packed.take(j, 1), found_of(unit, run, j), known_of(unit, j));
