@@ -313,9 +313,11 @@ def test_launches_fit_the_device(tmp_path):
 def test_what_is_asked_of_every_backend():
     """The suite of all backends with these kernels as the native one: edges, layouts, the numeric contract."""
     files = ("tests/test_functional.py", "tests/test_gradient_layouts.py", "tests/test_numeric_contract.py")
-    output = _pytest("-p", "native.cuda_emulated", "-k", "native and not float64", *files)
+    # The contract in one number of Gaussians, which the kernels know nothing of: all would take minutes.
+    some = "native and not float64 and not (test_contract and (-1] or -8] or -16]))"
+    output = _pytest("-p", "native.cuda_emulated", "-k", some, *files)
     launches = re.search(r"emulated CUDA kernels: (\d+) launches", output)
-    assert launches and int(launches[1]) > 1000, output[-1000:]
+    assert launches and int(launches[1]) > 300, output[-1000:]
 
 
 def test_no_access_out_of_bounds():
