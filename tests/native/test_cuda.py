@@ -405,7 +405,7 @@ def _pytest(*arguments, **variables):
     """pytest on the emulation, in a process of its own."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    variables = {"OMP_NUM_THREADS": "1", **variables, "PYTHONPATH": paths}
+    variables = {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": "", **variables, "PYTHONPATH": paths}
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     return result.stdout
