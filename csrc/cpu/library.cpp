@@ -5,6 +5,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <cpuid.h>
+#endif
 
 #include "internal.h"
 
@@ -20,9 +23,11 @@ struct InstructionSet {
 
 #if defined(__x86_64__) || defined(_M_X64)
 const char kGeneric[] = "sse2";
-bool have_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+bool have_f16c() {  // not every compiler's __builtin_cpu_supports knows it
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
+bool have_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && have_f16c(); }
 bool have_avx512() {
 #ifdef DAAM_EMULATE_AVX512
   return have_avx2();
