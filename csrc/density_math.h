@@ -14,7 +14,6 @@
 namespace daam {
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
 constexpr double kTwoPi = 6.283185307179586;
 
 // The K Gaussians of a head as one quadratic: with e = x - mean - center their product is

@@ -34,11 +34,12 @@ void set_heads(const Job<T>& job, Heads<T>* heads) {
   for (int64_t h = 0; h < p.num_heads; h++) {
     const daam::Quadratic q = daam::head_quadratic(p, job.tensors, h);
     const double n = (double)job.length(h), root = sqrt(q.a * 0.5 * kLog2E);
+    const auto usual = [](double v) { return v == v ? (T)v : (T)NAN; };  // no other NaN: see pack_as of BFloat16
     const bool narrow = !(q.a <= 4.0 * least(job.length(h), 16));
     for (int lane = 0; lane < Vector<T>::N; lane++) {
       Heads<T>& to = heads[job.rows ? (h + (p.num_heads - 1) * lane) % p.num_heads : h];
-      to.center[lane] = (T)q.center, to.spread[lane] = (T)q.spread, to.level[lane] = (T)q.level;
-      to.root[lane] = (T)root, to.inverse_root[lane] = (T)(1 / root), to.narrow[lane] = narrow ? -1 : 0;
+      to.center[lane] = usual(q.center), to.spread[lane] = usual(q.spread), to.level[lane] = usual(q.level);
+      to.root[lane] = usual(root), to.inverse_root[lane] = usual(1 / root), to.narrow[lane] = narrow ? -1 : 0;
       to.count.n[lane] = (T)n, to.count.share[lane] = (T)(1 / n), to.count.free_share[lane] = (T)(1 / (n - 1));
     }
   }

@@ -23,7 +23,7 @@ struct InColumns {
   static constexpr int kLength = LENGTH;
 };
 
-// How many elements the statistics count, at least 2, and what they divide by: n and n - 1.
+// How many elements the statistics count, and what they multiply by to divide by them, and by one less; of two at least.
 template <class T>
 struct Count {
   V<T> n, share, free_share;
@@ -183,11 +183,11 @@ DAAM_INLINE void sweep(int64_t n, Body body, AfterBlock after_block) {
 
 // Where the elements of type S are: packed, or as T.
 template <class T, class S>
-DAAM_INLINE const S* format_of(S, const void* packed, const T*) {
+DAAM_INLINE const S* elements_of(S, const void* packed, const T*) {
   return static_cast<const S*>(packed);
 }
 template <class T>
-DAAM_INLINE const T* format_of(T, const void*, const T* unpacked) {
+DAAM_INLINE const T* elements_of(T, const void*, const T* unpacked) {
   return unpacked;
 }
 
@@ -199,6 +199,22 @@ DAAM_INLINE void with_format(Format format, Body body) {
     if (format == Format::kFloat16) return body(Float16());
   }
   body(T());
+}
+
+template <bool VALUE>
+struct Constant {
+  static constexpr bool value = VALUE;
+};
+
+// body(S(), Constant<STREAM>()) of how results of a group are written: as which type, and whether past the caches.
+template <class T, class L, Padding P, class Body>
+DAAM_INLINE void with_target(const Group<T>& g, Body body) {
+  with_format<T, L, P>(g.out_format, [&](auto s) __attribute__((always_inline)) {
+    if (L::kRows && g.stream)
+      body(s, Constant<L::kRows>());
+    else
+      body(s, Constant<false>());
+  });
 }
 
 template <class T>
@@ -219,8 +235,9 @@ struct Moments {
   V<T> first, second;
 };
 
-template <class T, class L, Padding P, class S>
-void find_moments_of(const Group<T>& g, const Mask<T>& asked, const V<T>& shifts, Moments<T>& found) {
+// What lies packed as another type S is unpacked on the way.
+template <class T, class L, Padding P, class S = T>
+void find_moments(const Group<T>& g, const Mask<T>& asked, const V<T>& shifts, Moments<T>& found) {
   constexpr int N = Vector<T>::N;
   constexpr bool packed = sizeof(S) != sizeof(T);
   each_row<T, L>(g, asked, [&](int r) __attribute__((always_inline)) {
@@ -252,19 +269,6 @@ void find_moments_of(const Group<T>& g, const Mask<T>& asked, const V<T>& shifts
     });
     set_sum<T, L>(found.first, r, first[0].total);
     set_sum<T, L>(found.second, r, second[0].total);
-  });
-}
-
-template <class T, class L, Padding P>
-void find_moments(const Group<T>& g, const Mask<T>& asked, const V<T>& shifts, Moments<T>& found) {
-  find_moments_of<T, L, P, T>(g, asked, shifts, found);
-}
-
-// The first sweep: what is packed is unpacked on the way.
-template <class T, class L, Padding P>
-DAAM_INLINE void unpack_and_find_moments(const Group<T>& g, const V<T>& shifts, Moments<T>& found) {
-  with_format<T, L, P>(g.in_format, [&](auto s) __attribute__((always_inline)) {
-    find_moments_of<T, L, P, decltype(s)>(g, g.lanes(), shifts, found);
   });
 }
 
@@ -312,7 +316,7 @@ DAAM_INLINE V<T> guess_means(const Group<T>& g) {
     for (int64_t i = 0; i < (L::kRows ? 1 : some); i++) {
       V<T> x;
       with_format<T, L, P>(g.in_format, [&](auto s) __attribute__((always_inline)) {
-        const auto* const from = format_of(s, row.packed_x, row.x) + i * N;
+        const auto* const from = elements_of(s, row.packed_x, row.x) + i * N;
         x = some < N && L::kRows ? load_part<T>(from, some) : load_as(from);
       });
       if constexpr (P != Padding::kNone) {
@@ -356,7 +360,9 @@ DAAM_INLINE void find_statistics(const Group<T>& g, double eps, Statistics<T>& s
   V<T> shift = guess_means<T, L, P>(g);
   Moments<T> m;
   m.first = m.second = V<T>{};
-  unpack_and_find_moments<T, L, P>(g, shift, m);
+  with_format<T, L, P>(g.in_format, [&](auto s) __attribute__((always_inline)) {
+    find_moments<T, L, P, decltype(s)>(g, g.lanes(), shift, m);
+  });
   if constexpr (L::kLength == 0 || L::kLength > kGuessed) {
     const Mask<T> far = ~(m.first * s.count.share * m.first <= m.second * (T)0.5) & g.lanes();
     if (any(far)) {  // more than a deviation from the mean: the squares would cancel
@@ -401,6 +407,7 @@ DAAM_INLINE void set_origin(Origin<T>& o, V<T> high, V<T> low) {
 template <class T>
 DAAM_INLINE void origin_at_center(Origin<T>& o, const Statistics<T>& s, const Heads<T>& heads) {
   o.scale = heads.root * s.rstd;
+  o.grad = V<T>{};
   set_origin<T>(o, s.high, s.low + heads.center);
   set_peak<T>(o, V<T>{});
 }
@@ -445,8 +452,10 @@ void find_nearest(
       int lane = 0;
       for (int i = 1; i < N; i++) lane = best.distance[i] < best.distance[lane] ? i : lane;
       found.distance[r] = best.distance[lane], found.x[r] = best.x[lane], found.grad[r] = best.grad[lane];
-    } else {
-      found = best;
+    } else {  // one by one: copied as a whole they would be copied in halves
+      found.distance = best.distance;
+      found.x = best.x;
+      found.grad = best.grad;
     }
   });
 }
@@ -455,7 +464,7 @@ void find_nearest(
 template <class T, class L, Padding P>
 DAAM_INLINE V<T> find_near(const Group<T>& g, const Statistics<T>& s) {
   Nearest<T> near;
-  near.distance = near.x = V<T>{};
+  near.distance = near.x = near.grad = V<T>{};
   find_nearest<T, L, P, false>(g, g.lanes(), s, L::kRows ? 4 * Vector<T>::N : 8, near);
   return near.x;
 }
@@ -623,11 +632,8 @@ void write_output_as(const Group<T>& g, const Normaliser<T>& f, const V<T>& coun
 
 template <class T, class L, Padding P>
 DAAM_INLINE void write_output(const Group<T>& g, const Normaliser<T>& f, const V<T>& count, bool residual) {
-  with_format<T, L, P>(g.out_format, [&](auto s) __attribute__((always_inline)) {
-    if (L::kRows && g.stream)
-      write_output_as<T, L, P, decltype(s), L::kRows>(g, f, count, residual);
-    else
-      write_output_as<T, L, P, decltype(s), false>(g, f, count, residual);
+  with_target<T, L, P>(g, [&](auto s, auto stream) __attribute__((always_inline)) {
+    write_output_as<T, L, P, decltype(s), decltype(stream)::value>(g, f, count, residual);
   });
 }
 
@@ -731,11 +737,8 @@ void write_gradient_as(const Group<T>& g, const Through<T>& t, const Origin<T>& 
 
 template <class T, class L, Padding P>
 DAAM_INLINE void write_gradient(const Group<T>& g, const Through<T>& t, const Origin<T>& o, bool residual) {
-  with_format<T, L, P>(g.out_format, [&](auto s) __attribute__((always_inline)) {
-    if (L::kRows && g.stream)
-      write_gradient_as<T, L, P, decltype(s), L::kRows>(g, t, o, residual);
-    else
-      write_gradient_as<T, L, P, decltype(s), false>(g, t, o, residual);
+  with_target<T, L, P>(g, [&](auto s, auto stream) __attribute__((always_inline)) {
+    write_gradient_as<T, L, P, decltype(s), decltype(stream)::value>(g, t, o, residual);
   });
 }
 

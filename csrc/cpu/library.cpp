@@ -18,7 +18,6 @@ namespace {
 struct InstructionSet {
   const char* name;
   Kernel kernel;
-  bool present;
 };
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -49,10 +48,10 @@ struct Choice {
 
   Choice() {
 #if defined(__x86_64__) || defined(_M_X64)
-    if (have_avx512()) sets[count++] = {"avx512", density_avx512, true};
-    if (have_avx2()) sets[count++] = {"avx2", density_avx2, true};
+    if (have_avx512()) sets[count++] = {"avx512", density_avx512};
+    if (have_avx2()) sets[count++] = {"avx2", density_avx2};
 #endif
-    sets[count++] = {kGeneric, density_generic, true};
+    sets[count++] = {kGeneric, density_generic};
     const char* const asked = getenv("DAAM_KERNELS_INSTRUCTION_SET");
     for (int i = 0; i < count; i++) {
       if (i) strcat(names, " ");
