@@ -1,0 +1,152 @@
+// The mean and the variance of each slice of a group.
+#pragma once
+
+#include "density_group.h"
+
+namespace {
+
+// Sums of x - shift and of its square over what the statistics count.
+template <class T>
+struct Moments {
+  V<T> first, second;
+};
+
+// What lies packed as another type S is unpacked on the way.
+template <class T, class L, Padding P, class S = T>
+void find_moments(const Group<T>& g, const Mask<T>& asked, const V<T>& shifts, Moments<T>& found) {
+  constexpr int N = Vector<T>::N;
+  constexpr bool packed = sizeof(S) != sizeof(T);
+  each_row<T, L>(g, asked, [&](int r) __attribute__((always_inline)) {
+    const Row<T>& row = g.row[r];
+    const V<T> shift = of_row<T, L>(shifts, r);
+    const S* const packed_x = static_cast<const S*>(row.packed_x);
+    const S* const packed_grad = static_cast<const S*>(row.packed_grad);
+    T *const to_x = const_cast<T*>(row.x), *const to_grad = const_cast<T*>(row.grad);
+    Sum<T> first[4], second[4];
+    const auto body = [&](int64_t i, auto within, auto slot) __attribute__((always_inline)) {
+      V<T> x;
+      if constexpr (packed) {
+        x = within.load(packed_x + i * N);
+        store<T>(to_x + i * N, x);
+        if (packed_grad) store<T>(to_grad + i * N, within.load(packed_grad + i * N));
+      } else {
+        x = within.load(row.x + i * N);
+      }
+      if constexpr (P == Padding::kZeros) x = keep<T>(load_mask<T>(row.valid + i * N), x);
+      V<T> s = within(x - shift);
+      if constexpr (P == Padding::kExcluded) s = keep<T>(load_mask<T>(row.valid + i * N), s);
+      first[slot.index].block += s;
+      second[slot.index].block += s * s;
+    };
+    sweep<T, L, 4>(row.n, body, [&]() __attribute__((always_inline)) {
+      first[0].total += (first[0].block + first[1].block) + (first[2].block + first[3].block);
+      second[0].total += (second[0].block + second[1].block) + (second[2].block + second[3].block);
+      for (int j = 0; j < 4; j++) first[j].block = second[j].block = V<T>{};
+    });
+    set_sum<T, L>(found.first, r, first[0].total);
+    set_sum<T, L>(found.second, r, second[0].total);
+  });
+}
+
+template <class T>
+DAAM_INLINE void set_count(Count<T>& count, V<T> n) {
+  const V<T> at_least = n > 2 ? n : splat<T>(2);
+  count.n = n;
+  count.share = 1 / at_least;
+  count.free_share = 1 / (at_least - 1);
+}
+
+template <class T, class L, Padding P>
+DAAM_INLINE void count_elements(const Group<T>& g, Count<T>& found) {
+  constexpr int N = Vector<T>::N;
+  if constexpr (P != Padding::kExcluded) {
+    found.n = g.heads->count.n;
+    found.share = g.heads->count.share;
+    found.free_share = g.heads->count.free_share;
+    return;
+  }
+  V<T> counts{};
+  each_row<T, L>(g, g.lanes(), [&](int r) __attribute__((always_inline)) {
+    Mask<T> count{};
+    const auto body = [&](int64_t i, auto, auto) __attribute__((always_inline)) {
+      count -= load_mask<T>(g.row[r].valid + i * N);
+    };
+    sweep<T, L>(g.row[r].n, body, [] {});
+    set_sum<T, L>(counts, r, __builtin_convertvector(count, V<T>));
+  });
+  set_count<T>(found, counts);
+}
+
+// A number near the mean to begin with, from the first few elements.
+constexpr int kGuessed = 8;
+
+template <class T, class L, Padding P>
+DAAM_INLINE V<T> guess_means(const Group<T>& g) {
+  constexpr int N = Vector<T>::N, most = L::kRows ? N : kGuessed;
+  V<T> sums{}, counts{}, shares{};
+  each_row<T, L>(g, g.lanes(), [&](int r) __attribute__((always_inline)) {
+    const Row<T>& row = g.row[r];
+    const int64_t n = L::kLength ? L::kLength : row.n, some = n < most ? n : most;
+    V<T> sum{}, count{};
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < (L::kRows ? 1 : some); i++) {
+      V<T> x;
+      with_format<T, L, P>(g.in_format, [&](auto s) __attribute__((always_inline)) {
+        const auto* const from = elements_of(s, row.packed_x, row.x) + i * N;
+        x = some < N && L::kRows ? load_part<T>(from, some) : load_as(from);
+      });
+      if constexpr (P != Padding::kNone) {
+        const Mask<T> valid = load_mask<T>(row.valid + i * N);
+        x = keep<T>(valid, x);
+        count -= __builtin_convertvector(valid, V<T>);
+      }
+      sum += x;
+    }
+    set_sum<T, L>(sums, r, sum);
+    if constexpr (P == Padding::kExcluded)
+      set_sum<T, L>(counts, r, count);
+    else
+      set_number<T, L>(shares, r, 1 / (T)some);
+  });
+  if constexpr (P == Padding::kExcluded) shares = 1 / (counts > 1 ? counts : splat<T>(1));
+  return rounded(sums * shares);
+}
+
+// A mean as high + low: it is never held in one number, which would cost digits on data with an offset.
+template <class T>
+struct Statistics {
+  Count<T> count;
+  V<T> high, low, var, rstd;
+};
+
+// s.count is there already.
+template <class T>
+DAAM_INLINE void finish_statistics(V<T> shift, const Moments<T>& m, double eps, Statistics<T>& s) {
+  const V<T> offset = m.first * s.count.share, squares = m.second - m.first * offset;
+  s.high = shift + offset;
+  const V<T> taken = s.high - shift;
+  s.low = (shift - (s.high - taken)) + (offset - taken);
+  s.var = (squares < 0 ? V<T>{} : squares) * s.count.free_share + (T)eps;
+  s.rstd = 1 / square_root(s.var);
+}
+
+template <class T, class L, Padding P>
+DAAM_INLINE void find_statistics(const Group<T>& g, double eps, Statistics<T>& s) {
+  count_elements<T, L, P>(g, s.count);
+  V<T> shift = guess_means<T, L, P>(g);
+  Moments<T> m;
+  m.first = m.second = V<T>{};
+  with_format<T, L, P>(g.in_format, [&](auto s) __attribute__((always_inline)) {
+    find_moments<T, L, P, decltype(s)>(g, g.lanes(), shift, m);
+  });
+  if constexpr (L::kLength == 0 || L::kLength > kGuessed) {
+    const Mask<T> far = ~(m.first * s.count.share * m.first <= m.second * (T)0.5) & g.lanes();
+    if (any(far)) {  // more than a deviation from the mean: the squares would cancel
+      shift = far ? shift + m.first * s.count.share : shift;
+      find_moments<T, L, P>(g, far, shift, m);
+    }
+  }
+  finish_statistics<T>(shift, m, eps, s);
+}
+
+}  // namespace

@@ -1,0 +1,268 @@
+// The densities of a group's elements, what makes weights of them, and y.
+#pragma once
+
+#include "density_statistics.h"
+
+namespace {
+
+// Where densities are taken relative to: the centre of the Gaussians, or the slice's element of largest density, d =
+// (x - high) scale - shift being the distance from there. In the backward z = d - start is relative to an element even
+// if densities are not: what has all the weight is then at 0, and of many equal elements there nothing is left to
+// cancel. Seen from the centre z is 0 at peak, and log2 of the density falls by z (z + twice) from there, twice being
+// 2 peak.
+template <class T>
+struct Origin {
+  V<T> high, low, scale, shift, start, peak, twice;
+  V<T> grad;  // y's gradient at some element, or at that of largest density
+};
+
+template <class T>
+DAAM_INLINE void set_peak(Origin<T>& o, V<T> peak) {
+  constexpr T far = sizeof(T) == 4 ? (T)1e30 : (T)1e150;  // farther than any; finite, so that 0 times it is 0
+  peak = peak > far ? splat<T>(far) : peak;
+  peak = peak < -far ? splat<T>(-far) : peak;
+  o.peak = peak;
+  o.twice = 2 * peak;
+}
+
+template <class T>
+DAAM_INLINE void set_origin(Origin<T>& o, V<T> high, V<T> low) {
+  o.high = high;
+  o.low = low;
+  o.shift = rounded(low * o.scale);
+  o.start = V<T>{};
+}
+
+// The centre of the head's Gaussians. Good enough where elements are near it.
+template <class T>
+DAAM_INLINE void origin_at_center(Origin<T>& o, const Statistics<T>& s, const Heads<T>& heads) {
+  o.scale = heads.root * s.rstd;
+  o.grad = V<T>{};
+  set_origin<T>(o, s.high, s.low + heads.center);
+  set_peak<T>(o, V<T>{});
+}
+
+// z relative to an element near the centre, densities still to the centre.
+template <class T>
+DAAM_INLINE void start_at(Origin<T>& o, V<T> x) {
+  o.start = (x - o.high) * o.scale - o.shift;
+  set_peak<T>(o, o.start);
+}
+
+// The slice's element of largest density, which is the one nearest to the centre.
+template <class T>
+struct Nearest {
+  V<T> distance, x, grad;
+};
+
+// Among the first `most` elements.
+template <class T, class L, Padding P, bool BACKWARD>
+void find_nearest(
+    const Group<T>& g, const Mask<T>& asked, const Statistics<T>& s, int64_t most, Nearest<T>& found) {
+  constexpr int N = Vector<T>::N;
+  const V<T> centers = s.low + g.heads->center;
+  each_row<T, L>(g, asked, [&](int r) __attribute__((always_inline)) {
+    const Row<T>& row = g.row[r];
+    const V<T> high = of_row<T, L>(s.high, r), center = of_row<T, L>(centers, r);
+    Nearest<T> best = {splat<T>((T)INFINITY), high, V<T>{}};
+    const auto body = [&](int64_t i, auto within, auto) __attribute__((always_inline)) {
+      const V<T> x = within.load(row.x + i * N), distance = absolute<T>((x - high) - center);
+      Mask<T> closer = within((Mask<T>)(distance < best.distance));
+      if constexpr (P == Padding::kExcluded) closer &= load_mask<T>(row.valid + i * N);
+      best.distance = closer ? distance : best.distance;
+      best.x = closer ? x : best.x;
+      if constexpr (BACKWARD) {
+        V<T> grad = within.load(row.grad + i * N);
+        if constexpr (P == Padding::kZeros) grad = keep<T>(load_mask<T>(row.valid + i * N), grad);
+        best.grad = closer ? grad : best.grad;
+      }
+    };
+    sweep<T, L>(row.n < most ? row.n : most, body, [] {});
+    if constexpr (L::kRows) {
+      int lane = 0;
+      for (int i = 1; i < N; i++) lane = best.distance[i] < best.distance[lane] ? i : lane;
+      found.distance[r] = best.distance[lane], found.x[r] = best.x[lane], found.grad[r] = best.grad[lane];
+    } else {  // one by one: copied as a whole they would be copied in halves
+      found.distance = best.distance;
+      found.x = best.x;
+      found.grad = best.grad;
+    }
+  });
+}
+
+// The nearest of the first few: where the elements take few values, there is one of those with all the weight.
+template <class T, class L, Padding P>
+DAAM_INLINE V<T> find_near(const Group<T>& g, const Statistics<T>& s) {
+  Nearest<T> near;
+  near.distance = near.x = near.grad = V<T>{};
+  find_nearest<T, L, P, false>(g, g.lanes(), s, L::kRows ? 4 * Vector<T>::N : 8, near);
+  return near.x;
+}
+
+template <class T>
+DAAM_INLINE void move_origin(
+    Origin<T>& o, Mask<T> moved, const Nearest<T>& to, const Statistics<T>& s, const Heads<T>& heads) {
+  const V<T> peak = ((to.x - s.high) - (s.low + heads.center)) * o.scale;
+  o.grad = moved ? to.grad : o.grad;
+  const V<T> start = o.start, before = o.peak;
+  set_origin<T>(o, moved ? to.x : o.high, moved ? V<T>{} : o.low);
+  o.start = moved ? V<T>{} : start;
+  set_peak<T>(o, moved ? peak : before);
+}
+
+// Rounding may hide which of two elements is nearer: no density is above 1.
+template <class T, bool EXACT>
+DAAM_INLINE V<T> density(V<T> z, V<T> twice) {
+  if constexpr (!EXACT) return exp2_minus_square<T>(z);
+  return exp2_minus_product<T>(z, z + twice);
+}
+
+// Sums over slices of the densities over the one at the origin, and in the backward of those times q, the gradient of
+// the weights less its value at the origin. q is written so that neither a constant gradient nor an offset of x cancels.
+template <class T>
+struct Totals {
+  V<T> density, q;
+};
+
+// Keeps the densities, and in the backward z and q.
+template <class T, class L, Padding P, bool BACKWARD, bool EXACT>
+void find_densities(const Group<T>& g, const Mask<T>& asked, const Origin<T>& o, Totals<T>& found) {
+  constexpr int N = Vector<T>::N;
+  each_row<T, L>(g, asked, [&](int r) __attribute__((always_inline)) {
+    const Row<T> row = g.row[r];
+    const Ahead ahead = g.ahead[r];
+    const V<T> high = of_row<T, L>(o.high, r), scale = of_row<T, L>(o.scale, r);
+    const V<T> shift = of_row<T, L>(o.shift, r), start = of_row<T, L>(o.start, r);
+    const V<T> twice = of_row<T, L>(o.peak - o.start, r) * 2;  // 0 where densities are relative to the centre
+    const V<T> origin_grad = of_row<T, L>(o.grad, r);
+    Sum<T> sum, sum_q;
+    const auto body = [&](int64_t i, auto within, auto) __attribute__((always_inline)) {
+      ahead.touch<BACKWARD>(i);
+      const V<T> from_high = within.load(row.x + i * N) - high;
+      V<T> d = from_high * scale - shift, m = within(density<T, EXACT>(d, twice));
+      if constexpr (P == Padding::kExcluded) m = keep<T>(load_mask<T>(row.valid + i * N), m);
+      store<T>(row.density + i * N, m);
+      sum += m;
+      if constexpr (BACKWARD) {
+        V<T> grad = within.load(row.grad + i * N), q;
+        if constexpr (P == Padding::kNone) {
+          q = (grad - origin_grad) * high + grad * from_high;
+        } else {  // what is padding may be infinite
+          const Mask<T> valid = load_mask<T>(row.valid + i * N);
+          grad = keep<T>(valid, grad);
+          q = (grad - origin_grad) * high + keep<T>(valid, grad * from_high);
+          if constexpr (P == Padding::kExcluded) q = keep<T>(valid, q);
+          d = keep<T>(valid | (Mask<T>)(m > 0), d);
+        }
+        store<T>(row.z + i * N, d - start);
+        store<T>(row.q + i * N, q);
+        sum_q.block += m * q;
+      }
+    };
+    sweep<T, L>(row.n, body, [&]() __attribute__((always_inline)) { sum.flush(), sum_q.flush(); });
+    set_sum<T, L>(found.density, r, sum.total);
+    if (BACKWARD) set_sum<T, L>(found.q, r, sum_q.total);
+  });
+}
+
+// Slices whose densities relative to the centre's are too small to be exact.
+template <class T>
+DAAM_INLINE Mask<T> too_far(V<T> total, V<T> count) {
+  const V<T> least = count * (T)0x1p-10;
+  return total < (least > (T)0.25 ? least : splat<T>((T)0.25));
+}
+
+// y's gradient at the first element of each slice that is not padding; 0 where all of it is.
+template <class T, class L, Padding P>
+DAAM_INLINE V<T> first_gradients(const Group<T>& g) {
+  constexpr int N = Vector<T>::N;
+  V<T> first{};
+  if constexpr (L::kRows) {
+    for (int r = 0; r < g.count; r++) {
+      const Row<T>& row = g.row[r];
+      int64_t i = 0;
+      if constexpr (P != Padding::kNone)
+        while (i < row.n && !row.valid[i]) i++;
+      first[r] = i < row.n ? row.grad[i] : 0;
+    }
+    return first;
+  }
+  const Row<T>& row = g.row[0];
+  first = load(row.grad);
+  if constexpr (P != Padding::kNone) {
+    Mask<T> found = load_mask<T>(row.valid);
+    first = keep<T>(found, first);
+    for (int64_t i = 1; i < row.n && any(~found); i++) {
+      const Mask<T> valid = load_mask<T>(row.valid + i * N);
+      first = valid & ~found ? load(row.grad + i * N) : first;
+      found |= valid;
+    }
+  }
+  return first;
+}
+
+template <class T>
+struct Normaliser {
+  V<T> factor;  // of a density, to be a weight
+  Mask<T> clamped;
+};
+
+template <class T>
+DAAM_INLINE void find_normaliser(
+    V<T> total, const Origin<T>& o, const Statistics<T>& s, const Heads<T>& heads, bool softmax, Normaliser<T>& f) {
+  f.factor = 1 / total;
+  f.clamped = Mask<T>{};
+  if (softmax) return;
+  // The sum of densities is total 2^largest eps.
+  const V<T> from_center = o.peak - o.start;
+  const V<T> largest = -(from_center * from_center + heads.spread * s.rstd * s.rstd * (T)(0.5 * kLog2E) + heads.level);
+  if (!any((Mask<T>)(largest < 2) | (Mask<T>)(total < (T)0.25))) return;
+  const V<T> power = exp2_minus<T>(absolute<T>(largest));
+  f.clamped = largest < 0 ? (Mask<T>)(total * power < 1) : (Mask<T>)(total < power);
+  f.factor = f.clamped ? (largest < 0 ? power : 1 / power) : f.factor;
+}
+
+// Slices of fewer than two valid elements stay as they are.
+template <class T, Padding P>
+DAAM_INLINE Mask<T> skipped_slices(V<T> count) {
+  if constexpr (P == Padding::kExcluded) return count < 2;
+  return Mask<T>{};
+}
+
+// y = x w, and the weights where asked for.
+template <class T, class L, Padding P, class S, bool STREAM>
+void write_output_as(const Group<T>& g, const Normaliser<T>& f, const V<T>& count, bool residual) {
+  constexpr int N = Vector<T>::N;
+  const Mask<T> skipped = skipped_slices<T, P>(count);
+  const V<T> factors = keep<T>(~skipped, f.factor), more = splat<T>(residual);
+  const V<T> addends = more + keep<T>(skipped, splat<T>(1));
+  each_row<T, L>(g, g.lanes(), [&](int r) __attribute__((always_inline)) {
+    const Row<T> row = g.row[r];
+    const V<T> factor = of_row<T, L>(factors, r), added = of_row<T, L>(addends, r);
+    if (row.weights) {
+      const auto body = [&](int64_t i, auto within, auto) __attribute__((always_inline)) {
+        V<T> w = load(row.density + i * N) * factor;
+        if constexpr (P == Padding::kExcluded) w += keep<T>(load_mask<T>(row.valid + i * N), added - more);
+        within.template store<false>(row.weights + i * N, w);
+      };
+      sweep<T, L>(row.n, body, [] {});
+    }
+    S* const out = static_cast<S*>(row.out);
+    const auto body = [&](int64_t i, auto within, auto) __attribute__((always_inline)) {
+      const V<T> x = within.load(row.x + i * N);
+      V<T> w = load(row.density + i * N) * factor + added;
+      if constexpr (P != Padding::kNone) w = load_mask<T>(row.valid + i * N) ? w : more + 1;
+      within.template store<STREAM>(out + i * N, x * w);
+    };
+    sweep<T, L, 4>(row.n, body, [] {});
+  });
+}
+
+template <class T, class L, Padding P>
+DAAM_INLINE void write_output(const Group<T>& g, const Normaliser<T>& f, const V<T>& count, bool residual) {
+  with_target<T, L, P>(g, [&](auto s, auto stream) __attribute__((always_inline)) {
+    write_output_as<T, L, P, decltype(s), decltype(stream)::value>(g, f, count, residual);
+  });
+}
+
+}  // namespace
