@@ -113,7 +113,7 @@ DAAM_INLINE void move_origin(
 // Rounding may hide which of two elements is nearer: no density is above 1.
 template <class T, bool EXACT>
 DAAM_INLINE V<T> density(V<T> z, V<T> twice) {
-  if constexpr (!EXACT) return exp2_minus_square<T>(z);
+  if constexpr (!EXACT) return exp2_minus<T>(z * z);
   return exp2_minus_product<T>(z, z + twice);
 }
 
@@ -136,8 +136,8 @@ void find_densities(const Group<T>& g, const Mask<T>& asked, const Origin<T>& o,
     const V<T> twice = of_row<T, L>(o.peak - o.start, r) * 2;  // 0 where densities are relative to the centre
     const V<T> origin_grad = of_row<T, L>(o.grad, r);
     Sum<T> sum, sum_q;
-    const auto body = [&](int64_t i, auto within, auto) __attribute__((always_inline)) {
-      ahead.touch<BACKWARD>(i);
+    const auto body = [&](int64_t i, auto within, auto slot) __attribute__((always_inline)) {
+      if constexpr (!L::kRows || slot.index % 2 == 0) ahead.touch<BACKWARD>(i);
       const V<T> from_high = within.load(row.x + i * N) - high;
       V<T> d = from_high * scale - shift, m = within(density<T, EXACT>(d, twice));
       if constexpr (P == Padding::kExcluded) m = keep<T>(load_mask<T>(row.valid + i * N), m);
@@ -159,7 +159,7 @@ void find_densities(const Group<T>& g, const Mask<T>& asked, const Origin<T>& o,
         sum_q.block += m * q;
       }
     };
-    sweep<T, L>(row.n, body, [&]() __attribute__((always_inline)) { sum.flush(), sum_q.flush(); });
+    sweep<T, L, L::kRows ? 4 : 1>(row.n, body, [&]() __attribute__((always_inline)) { sum.flush(), sum_q.flush(); });
     set_sum<T, L>(found.density, r, sum.total);
     if (BACKWARD) set_sum<T, L>(found.q, r, sum_q.total);
   });

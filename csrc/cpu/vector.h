@@ -154,7 +154,39 @@ DAAM_INLINE auto sum_of_lanes(Lanes v) {
 }
 #endif
 
-// 2^r of |r| <= 1/2 in float, times 2^e where the last bits of t hold e plus the bias of the exponent.
+// Powers of two. x is rounded to a multiple of 1 / steps by adding a number in whose last bits the result then is, with
+// the bias of the exponent; what is left of x goes to a polynomial. Eight floats are looked up where one instruction
+// does that: a shorter polynomial is left, and less to wait for.
+#if DAAM_X86 && (DAAM_VECTOR_BYTES == 32 || (DAAM_VECTOR_BYTES == 64 && defined(__AVX512F__)))
+constexpr int kFloatSteps = 8;
+
+// The bits of 2^(k / 8), less those that k and the bias are in when the rounded number is moved to the exponent.
+constexpr int32_t kEighths[16] = {
+    0x3f800000 - (0 << 20) - (127 << 23), 0x3f8b95c2 - (1 << 20) - (127 << 23),
+    0x3f9837f0 - (2 << 20) - (127 << 23), 0x3fa5fed7 - (3 << 20) - (127 << 23),
+    0x3fb504f3 - (4 << 20) - (127 << 23), 0x3fc5672a - (5 << 20) - (127 << 23),
+    0x3fd744fd - (6 << 20) - (127 << 23), 0x3feac0c7 - (7 << 20) - (127 << 23),
+    0x3f800000 - (0 << 20) - (127 << 23), 0x3f8b95c2 - (1 << 20) - (127 << 23),
+    0x3f9837f0 - (2 << 20) - (127 << 23), 0x3fa5fed7 - (3 << 20) - (127 << 23),
+    0x3fb504f3 - (4 << 20) - (127 << 23), 0x3fc5672a - (5 << 20) - (127 << 23),
+    0x3fd744fd - (6 << 20) - (127 << 23), 0x3feac0c7 - (7 << 20) - (127 << 23)};
+
+DAAM_INLINE V<float> scaled_power(V<float> r, V<float> t) {
+  const Mask<float> steps = (Mask<float>)t, table = load_mask<float>(kEighths);
+#if DAAM_VECTOR_BYTES == 32
+  const Mask<float> eighth = (Mask<float>)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)steps);
+#else
+  const Mask<float> eighth = (Mask<float>)_mm512_permutexvar_epi32((__m512i)steps, (__m512i)table);
+#endif
+  V<float> p = splat<float>(5.5496221796366485e-2f);
+  p = p * r + 2.4025762991637656e-1f;
+  p = p * r + 6.93147214260506e-1f;
+  p = p * r + 1.0f;
+  return p * (V<float>)(eighth + (steps << 20));
+}
+#else
+constexpr int kFloatSteps = 1;
+
 DAAM_INLINE V<float> scaled_power(V<float> r, V<float> t) {
   V<float> p = splat<float>(1.535336188319500e-4f);
   p = p * r + 1.339887440266574e-3f;
@@ -165,6 +197,7 @@ DAAM_INLINE V<float> scaled_power(V<float> r, V<float> t) {
   p = p * r + 1.0f;
   return p * (V<float>)((Mask<float>)t << 23);
 }
+#endif
 
 DAAM_INLINE V<double> scaled_power(V<double> r, V<double> t) {
   r *= 0.6931471805599453;
@@ -185,10 +218,9 @@ DAAM_INLINE V<double> scaled_power(V<double> r, V<double> t) {
   return p * (V<double>)((Mask<double>)t << 52);
 }
 
-// A number added to which x is rounded to an integer, in its last bits, together with the bias of the exponent; and the
-// x from which on 2^-x is 0.
 template <class T>
-constexpr T kShift = sizeof(T) == 4 ? (T)(12582912.0 + 127) : (T)(6755399441055744.0 + 1023);
+constexpr T kShift = sizeof(T) == 4 ? (T)(12582912.0 / kFloatSteps + 127) : (T)(6755399441055744.0 + 1023);
+// The x from which on 2^-x is 0.
 template <class T>
 constexpr T kMostHalvings = sizeof(T) == 4 ? (T)127 : (T)1023;
 
@@ -205,15 +237,6 @@ template <class T>
 DAAM_INLINE V<T> exp2_minus_product(V<T> a, V<T> b) {
   const V<T> x = a * b, t = kShift<T> - a * b, power = scaled_power((kShift<T> - t) - a * b, t);
   return keep<T>(~(x > kMostHalvings<T>), x < 0 ? splat<T>(1) : power);
-}
-
-// The same of the square of z, to the bit.
-template <class T>
-DAAM_INLINE V<T> exp2_minus_square(V<T> z) {
-  constexpr T most = sizeof(T) == 4 ? (T)11.26942766958464 : (T)31.98437118343875;  // sqrt(kMostHalvings)
-  z = minimum(splat<T>(most), absolute<T>(z));
-  const V<T> t = kShift<T> - z * z;
-  return scaled_power((kShift<T> - t) - z * z, t);
 }
 
 // Lanes [0, count) of a vector.
