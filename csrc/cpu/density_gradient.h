@@ -85,7 +85,8 @@ void write_gradient_as(const Group<T>& g, const Through<T>& t, const Origin<T>& 
     const V<T> slope = of_row<T, L>(t.slope, r), peak = of_row<T, L>(o.peak, r);
     const V<T> constant = of_row<T, L>(t.constant, r), linear = of_row<T, L>(t.linear, r);
     S* const out = static_cast<S*>(row.out);
-    const auto body = [&](int64_t i, auto within, auto) __attribute__((always_inline)) {
+    Store<T, S, STREAM> store_at;
+    const auto body = [&](int64_t i, auto within, auto slot) __attribute__((always_inline)) {
       const V<T> grad = within.load(row.grad + i * N), z = load(row.z + i * N), p = load(row.q + i * N) * slope;
       V<T> d = grad * (load(row.density + i * N) * factor + added) + (linear * z + constant);
       if constexpr (P == Padding::kExcluded) {
@@ -95,9 +96,9 @@ void write_gradient_as(const Group<T>& g, const Through<T>& t, const Origin<T>& 
         if constexpr (P == Padding::kZeros) d = load_mask<T>(row.valid + i * N) ? d : grad * (more + 1);
         d += p * (z + peak);
       }
-      within.template store<STREAM>(out + i * N, d);
+      store_at(within, slot, out + i * N, d);
     };
-    sweep<T, L>(row.n, body, [] {});
+    sweep<T, L, L::kRows ? 4 : 1>(row.n, body, [] {});
   });
 }
 

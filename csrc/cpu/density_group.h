@@ -39,7 +39,7 @@ struct Heads {
 };
 
 // How elements lie in memory. Rows may be read from there and written to there in the types that tensors have.
-enum class Format { kSame, kBFloat16, kFloat16 };
+enum class Format { kSame, kBFloat16, kFloat16, kPairedBFloat16 };
 
 // Elements of a slice, or in columns of all slices of the group, and where results go.
 template <class T>
@@ -145,9 +145,11 @@ struct Part {
   }
 };
 
+// Which of neighbouring vectors a sweep's body is given: -1 where there is no neighbour.
 template <int INDEX>
 struct Slot {
-  static constexpr int index = INDEX;
+  static constexpr int index = INDEX < 0 ? 0 : INDEX;
+  static constexpr bool first = INDEX % 2 == 0, second = INDEX % 2 == 1;  // of a pair
 };
 
 // body(i, within, slot) for every vector i, and after_block() where sums should be moved on. Neighbouring vectors get
@@ -157,7 +159,7 @@ DAAM_INLINE void sweep(int64_t n, Body body, AfterBlock after_block) {
   constexpr int64_t N = L::kRows ? Vector<T>::N : 1;
   if constexpr (L::kLength > 0) {
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < L::kLength; i++) body(i, Whole<T>(), Slot<0>());
+    for (int64_t i = 0; i < L::kLength; i++) body(i, Whole<T>(), Slot<-1>());
     return after_block();
   }
   const int64_t whole = n / N;
@@ -172,11 +174,11 @@ DAAM_INLINE void sweep(int64_t n, Body body, AfterBlock after_block) {
         body(i + 3, Whole<T>(), Slot<3>());
       }
 #pragma GCC unroll 2
-    for (; i < end; i++) body(i, Whole<T>(), Slot<0>());
+    for (; i < end; i++) body(i, Whole<T>(), Slot<-1>());
     after_block();
   }
   if (L::kRows && whole * N < n) {
-    body(whole, Part<T>{n - whole * N, first_lanes<T>(n - whole * N)}, Slot<0>());
+    body(whole, Part<T>{n - whole * N, first_lanes<T>(n - whole * N)}, Slot<-1>());
     after_block();
   }
 }
@@ -195,11 +197,45 @@ DAAM_INLINE const T* elements_of(T, const void*, const T* unpacked) {
 template <class T, class L, Padding P, class Body>
 DAAM_INLINE void with_format(Format format, Body body) {
   if constexpr (L::kRows && P == Padding::kNone && sizeof(T) == 4) {
+    if (format == Format::kPairedBFloat16) return body(PairedBFloat16());
     if (format == Format::kBFloat16) return body(BFloat16());
     if (format == Format::kFloat16) return body(Float16());
   }
   body(T());
 }
+
+// Loads of a vector whose slot the sweep has told, and stores.
+template <class Within, class Place, class S>
+DAAM_INLINE auto load_at(const Within& within, Place, const S* at) {
+  return within.load(at);
+}
+template <class Within, class Place>
+DAAM_INLINE V<float> load_at(const Within& within, Place, const PairedBFloat16* at) {
+  if constexpr (Place::first) return load_even(at);
+  if constexpr (Place::second) return load_odd(at - Vector<float>::N);
+  return within.load(at);
+}
+
+template <class T, class S, bool STREAM>
+struct Store {
+  template <class Within, class Place>
+  DAAM_INLINE void operator()(const Within& within, Place, S* at, V<T> v) {
+    within.template store<STREAM>(at, v);
+  }
+};
+template <bool STREAM>
+struct Store<float, PairedBFloat16, STREAM> {
+  V<float> even;
+  template <class Within, class Place>
+  DAAM_INLINE void operator()(const Within& within, Place, PairedBFloat16* at, V<float> v) {
+    if constexpr (Place::first)
+      even = v;
+    else if constexpr (Place::second)
+      Whole<float>().store<STREAM>(reinterpret_cast<float*>(at - Vector<float>::N), pack_pair(even, v));
+    else
+      within.template store<STREAM>(at, v);
+  }
+};
 
 template <bool VALUE>
 struct Constant {

@@ -53,8 +53,9 @@ void run_task(Job<T>& job, int64_t task) {
   if (!memory) {
     return job.run_out_of_memory();
   }
+  Unit unit(job, job.longest, memory);
   for (int64_t i = begin; i < end; i++) {
-    Unit unit(job, i, 0, job.longest, memory);
+    unit.pack(i, 0);
     for (int64_t j = 0; j < unit.groups(); j += unit.together()) {
       const int count = (int)least(unit.together(), unit.groups() - j);
       SliceSums<T> sums[kTogether];

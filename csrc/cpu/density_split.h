@@ -80,7 +80,8 @@ class Split {
     if (!memory) {
       return job.run_out_of_memory();
     }
-    Unit packed(job, unit, run * job.run, job.run, memory);
+    Unit packed(job, job.run, memory);
+    packed.pack(unit, run * job.run);
     for (int64_t j = 0; j < packed.groups(); j++) body(*packed.take(j, 1), found_of(unit, run, j), known_of(unit, j));
     if (write) {
       packed.write_back();

@@ -26,9 +26,9 @@ void find_moments(const Group<T>& g, const Mask<T>& asked, const V<T>& shifts, M
     const auto body = [&](int64_t i, auto within, auto slot) __attribute__((always_inline)) {
       V<T> x;
       if constexpr (packed) {
-        x = within.load(packed_x + i * N);
+        x = load_at(within, slot, packed_x + i * N);
         store<T>(to_x + i * N, x);
-        if (packed_grad) store<T>(to_grad + i * N, within.load(packed_grad + i * N));
+        if (packed_grad) store<T>(to_grad + i * N, load_at(within, slot, packed_grad + i * N));
       } else {
         x = within.load(row.x + i * N);
       }

@@ -17,50 +17,37 @@ class Rows {
     return 8 * job.width * Arrays<T>::bytes(divide_up(n, N) * N);
   }
 
+  // Of slices, or of runs of them if that is shorter.
+  Rows(const Job<T>& job, int64_t run, void* scratch) : job(job), run(run), scratch(scratch) {}
+
   // Elements [start, start + run) of the slices of a unit, as far as they reach.
-  Rows(const Job<T>& job, int64_t unit, int64_t start, int64_t run, void* scratch) : job(job), start(start) {
+  void pack(int64_t unit, int64_t start) {
     const daam_density& p = job.problem;
     const Tensors& t = job.tensors;
-    const int64_t first = unit * job.width, all = p.outer * p.inner * p.num_heads;
-    packed.count = (int)least(job.width, all - first);
-    Place place = {first / p.num_heads / p.inner, first / p.num_heads % p.inner, first % p.num_heads, 0, 0, 0};
-    packed.heads = &job.heads[place.head];
-    find(place);
-    for (int r = 0; r < packed.count; r++, step(place)) places[r] = place;
-    const bool cut = run < job.longest;  // a run is swept several times, and unpacked every time
-    const bool unpack_later = P == Padding::kNone && !cut && p.x.row == 1 && (!BACKWARD || p.grad.row == 1);
-    packed.in_format = unpack_later ? job.storage.format : Format::kSame;
-    write_here = may_write_here();
-    packed.out_format = write_here ? job.storage.format : Format::kSame;
-    packed.stream = write_here && job.stream;
+    if (unit != next_unit) find_places(unit, start, next);
+    here = next;
+    packed.count = here.count;
+    packed.heads = &job.heads[here.head[0]];
+    choose_formats();
     Arrays<T> arrays = {static_cast<char*>(scratch)};
     for (int r = 0; r < packed.count; r++) {
-      const Place& here = places[r];
       Row<T>& row = packed.row[r];
-      row.n = least(run, job.length(here.head) - start);
+      row.n = least(run, job.length(here.head[r]) - start);
       const int64_t padded = divide_up(row.n, N) * N;
       row.density = arrays.take(padded);
       if (BACKWARD) row.z = arrays.take(padded), row.q = arrays.take(padded);
-      row.x = find_row(at(t.x, here.x), p.x.row, row.n, arrays, row.packed_x);
+      row.x = find_row(here.x[r], p.x.row, row.n, arrays, row.packed_x);
       row.packed_grad = nullptr;
-      if (BACKWARD) row.grad = find_row(at(t.grad, here.grad), p.grad.row, row.n, arrays, row.packed_grad);
-      row.out = write_here ? (void*)at(t.out, here.out) : arrays.take(padded);
-      row.weights = !t.weights ? nullptr : in_place(p.out.row) ? (T*)at(t.weights, here.out) : arrays.take(padded);
+      if (BACKWARD) row.grad = find_row(here.grad[r], p.grad.row, row.n, arrays, row.packed_grad);
+      row.out = write_here ? (void*)here.out[r] : arrays.take(padded);
+      row.weights = !t.weights ? nullptr : in_place(p.out.row) ? (T*)here.weights[r] : arrays.take(padded);
       if constexpr (P != Padding::kNone) {
         auto* const valid = reinterpret_cast<typename Vector<T>::integer*>(arrays.take(padded));
-        find_valid_row<T>(row.x, t.mask ? t.mask + offset(p.mask, here) : nullptr, p, row.n, valid);
+        find_valid_row<T>(row.x, t.mask ? here.mask[r] : nullptr, p, row.n, valid);
         row.valid = valid;
       }
     }
-    for (int r = 0; r < packed.count; r++, step(place)) {  // the next unit, or the next run
-      const bool more = start + run < job.length(places[r].head);
-      const Place& next = !cut && first + job.width + r < all ? place : places[r];
-      const int64_t past = cut && more ? run : 0;
-      Ahead& ahead = packed.ahead[r];
-      ahead.x = at(t.x, next.x + past * p.x.row);
-      ahead.grad = BACKWARD ? at(t.grad, next.grad + past * p.grad.row) : ahead.x;
-      ahead.step = N * (int64_t)job.storage.size;
-    }
+    look_ahead(unit, start);
   }
 
   int64_t groups() const { return 1; }
@@ -68,70 +55,89 @@ class Rows {
   const Group<T>* take(int64_t, int) const { return &packed; }
 
   void write_back() const {
-    const daam_density& p = job.problem;
-    const Tensors& t = job.tensors;
-    const bool weights_wait = t.weights && !in_place(p.out.row);
+    const int64_t stride = job.problem.out.row;
+    const bool weights_wait = job.tensors.weights && !in_place(stride);
     for (int r = 0; r < packed.count && (!write_here || weights_wait); r++) {
       const Row<T>& row = packed.row[r];
-      const auto unpack = [&](const void* from, void* base) {
-        job.storage.unpack_row(
-            static_cast<const T*>(from), row.n, at(base, places[r].out), p.out.row, job.stream);
-      };
-      if (!write_here) unpack(row.out, t.out);
-      if (weights_wait) unpack(row.weights, t.weights);
+      if (!write_here)
+        job.storage.unpack_row(static_cast<const T*>(row.out), row.n, here.out[r], stride, job.stream);
+      if (weights_wait) job.storage.unpack_row(row.weights, row.n, here.weights[r], stride, job.stream);
     }
   }
 
   void add(const SliceSums<T>* from, int, int64_t, double* to) const {
     for (int r = 0; r < packed.count; r++) {
-      double* const sums = to + places[r].head * 4;
+      double* const sums = to + here.head[r] * 4;
       sums[0] += from->t0[r], sums[1] += from->t0_v[r], sums[2] += from->u1_v[r], sums[3] += from->u2_v[r];
     }
   }
 
  private:
-  // A slice, and its first element's distance from that of each tensor.
-  struct Place {
-    int64_t outer, inner, head;
-    int64_t x, grad, out;
+  // Where the rows of a unit lie in the tensors.
+  struct Places {
+    int count;
+    int64_t head[N];
+    char *x[N], *grad[N], *out[N], *weights[N];
+    const uint8_t* mask[N];
   };
 
-  DAAM_INLINE int64_t offset(const daam_strides& s, const Place& place) const {
-    return place.outer * s.outer + place.inner * s.inner + (place.head * job.chunk + start) * s.row;
-  }
-  DAAM_INLINE void find(Place& place) const {
+  DAAM_INLINE void find_places(int64_t unit, int64_t start, Places& to) const {
     const daam_density& p = job.problem;
-    place.x = offset(p.x, place);
-    place.grad = offset(p.grad, place);
-    place.out = offset(p.out, place);
-  }
-  DAAM_INLINE void step(Place& place) const {
-    const daam_density& p = job.problem;
-    if (++place.head < p.num_heads) {
-      place.x += job.chunk * p.x.row;
-      place.grad += job.chunk * p.grad.row;
-      place.out += job.chunk * p.out.row;
-      return;
+    const Tensors& t = job.tensors;
+    const int64_t first = unit * job.width, slice = first / p.num_heads;
+    int64_t head = first % p.num_heads, inner = slice % p.inner, outer = slice / p.inner;
+    to.count = (int)least(job.width, p.outer * p.inner * p.num_heads - first);
+    for (int r = 0; r < to.count; r++) {
+      const auto place = [&](const void* base, const daam_strides& s, int64_t size) __attribute__((always_inline)) {
+        const int64_t offset = outer * s.outer + inner * s.inner + (head * job.chunk + start) * s.row;
+        return const_cast<char*>(static_cast<const char*>(base)) + offset * size;
+      };
+      const int64_t size = (int64_t)job.storage.size;
+      to.head[r] = head;
+      to.x[r] = place(t.x, p.x, size);
+      to.out[r] = place(t.out, p.out, size);
+      if (BACKWARD) to.grad[r] = place(t.grad, p.grad, size);
+      if (t.weights) to.weights[r] = place(t.weights, p.out, size);
+      if (P != Padding::kNone && t.mask) to.mask[r] = reinterpret_cast<const uint8_t*>(place(t.mask, p.mask, 1));
+      if (++head == p.num_heads) {
+        head = 0;
+        if (++inner == p.inner) inner = 0, outer++;
+      }
     }
-    place.head = 0;
-    if (++place.inner == p.inner) {
-      place.inner = 0;
-      place.outer++;
-    }
-    find(place);
   }
 
-  DAAM_INLINE char* at(const void* base, int64_t offset) const {
-    return const_cast<char*>(static_cast<const char*>(base)) + offset * (int64_t)job.storage.size;
+  // The next unit, or the next run.
+  DAAM_INLINE void look_ahead(int64_t unit, int64_t start) {
+    const bool cut = run < job.longest;
+    next_unit = cut ? -1 : least(unit + 1, job.units - 1);
+    if (!cut) find_places(next_unit, start, next);
+    for (int r = 0; r < packed.count; r++) {
+      const Places& to = !cut && r < next.count ? next : here;
+      const int64_t past = cut && start + run < job.length(here.head[r]) ? run * (int64_t)job.storage.size : 0;
+      packed.ahead[r].x = to.x[r] + past * job.problem.x.row;
+      packed.ahead[r].grad = BACKWARD ? to.grad[r] + past * job.problem.grad.row : packed.ahead[r].x;
+      packed.ahead[r].step = N * (int64_t)job.storage.size;
+    }
   }
+
+  DAAM_INLINE void choose_formats() {
+    const daam_density& p = job.problem;
+    const bool cut = run < job.longest;  // a run is swept several times, and unpacked every time
+    const bool unpack_later = P == Padding::kNone && !cut && p.x.row == 1 && (!BACKWARD || p.grad.row == 1);
+    const size_t vector = N * job.storage.size;
+    size_t odd = 0;  // results go past the caches to whole vectors
+    for (int r = 0; job.stream && r < here.count; r++) odd |= reinterpret_cast<size_t>(here.out[r]);
+    write_here = p.out.row == 1 && odd % vector == 0 && (P == Padding::kNone || job.storage.format == Format::kSame);
+    const bool pairs = job.storage.format == Format::kBFloat16 && unpack_later && write_here &&
+                       odd % (2 * vector) == 0 && !job.tensors.weights;
+    const Format format = pairs ? Format::kPairedBFloat16 : job.storage.format;
+    packed.in_format = unpack_later ? format : Format::kSame;
+    packed.out_format = write_here ? format : Format::kSame;
+    packed.stream = write_here && job.stream;
+  }
+
   // Whether rows can be worked on where they lie.
   DAAM_INLINE bool in_place(int64_t stride) const { return job.storage.format == Format::kSame && stride == 1; }
-  DAAM_INLINE bool may_write_here() const {
-    bool may = job.problem.out.row == 1 && (P == Padding::kNone || job.storage.format == Format::kSame);
-    for (int r = 0; may && job.stream && r < packed.count; r++)  // from a vector's own address on
-      may = (size_t)at(job.tensors.out, places[r].out) % (N * job.storage.size) == 0;
-    return may;
-  }
   DAAM_INLINE const T* find_row(
       const char* from, int64_t stride, int64_t n, Arrays<T>& arrays, const void*& to_unpack) const {
     to_unpack = nullptr;
@@ -145,9 +151,11 @@ class Rows {
   }
 
   const Job<T>& job;
-  const int64_t start;
+  const int64_t run;
+  void* const scratch;
+  int64_t next_unit = -1;
   bool write_here;  // in the last sweep
-  Place places[N];
+  Places here, next;
   Group<T> packed;
 };
 
@@ -164,8 +172,14 @@ class Columns {
     return 5 * Arrays<T>::bytes(divide_up(job.width, N) * group) + 3 * kTogether * Arrays<T>::bytes(group);
   }
 
-  Columns(const Job<T>& job, int64_t unit, int64_t start, int64_t run, void* scratch)
-      : job(job), head(job.column_head(unit)), first_row(head * job.chunk + start), lanes(job.column_lanes(unit)) {
+  // Of slices, or of runs of them if that is shorter.
+  Columns(const Job<T>& job, int64_t run, void* scratch) : job(job), run(run), scratch(scratch) {}
+
+  // Elements [start, start + run) of the slices of a unit, as far as they reach.
+  void pack(int64_t unit, int64_t start) {
+    head = job.column_head(unit);
+    first_row = head * job.chunk + start;
+    lanes = job.column_lanes(unit);
     const daam_density& p = job.problem;
     const Tensors& t = job.tensors;
     const int64_t n = least(run, job.length(head) - start), one = group_numbers(n), all = groups() * one;
@@ -250,8 +264,10 @@ class Columns {
   }
 
   const Job<T>& job;
-  const int64_t head, first_row;
-  const Lanes lanes;
+  const int64_t run;
+  void* const scratch;
+  int64_t head, first_row;
+  Lanes lanes;
   Tile<T> x{}, grad{}, weights{};
   typename Vector<T>::integer* valid = nullptr;
   const char *next_x, *next_grad;

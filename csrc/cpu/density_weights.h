@@ -137,7 +137,7 @@ void find_densities(const Group<T>& g, const Mask<T>& asked, const Origin<T>& o,
     const V<T> origin_grad = of_row<T, L>(o.grad, r);
     Sum<T> sum, sum_q;
     const auto body = [&](int64_t i, auto within, auto slot) __attribute__((always_inline)) {
-      if constexpr (!L::kRows || slot.index % 2 == 0) ahead.touch<BACKWARD>(i);
+      if constexpr (!L::kRows || !slot.second) ahead.touch<BACKWARD>(i);
       const V<T> from_high = within.load(row.x + i * N) - high;
       V<T> d = from_high * scale - shift, m = within(density<T, EXACT>(d, twice));
       if constexpr (P == Padding::kExcluded) m = keep<T>(load_mask<T>(row.valid + i * N), m);
@@ -248,11 +248,12 @@ void write_output_as(const Group<T>& g, const Normaliser<T>& f, const V<T>& coun
       sweep<T, L>(row.n, body, [] {});
     }
     S* const out = static_cast<S*>(row.out);
-    const auto body = [&](int64_t i, auto within, auto) __attribute__((always_inline)) {
+    Store<T, S, STREAM> store_at;
+    const auto body = [&](int64_t i, auto within, auto slot) __attribute__((always_inline)) {
       const V<T> x = within.load(row.x + i * N);
       V<T> w = load(row.density + i * N) * factor + added;
       if constexpr (P != Padding::kNone) w = load_mask<T>(row.valid + i * N) ? w : more + 1;
-      within.template store<STREAM>(out + i * N, x * w);
+      store_at(within, slot, out + i * N, x * w);
     };
     sweep<T, L, 4>(row.n, body, [] {});
   });

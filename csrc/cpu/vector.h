@@ -24,6 +24,9 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+// The same as BFloat16, of which two neighbouring vectors are loaded as those with even and with odd places, and stored
+// again from there: that takes a shift or a mask instead of moves between lanes.
+struct PairedBFloat16 : BFloat16 {};
 
 // Of T, float or double: the vector of N numbers, its integers and masks, and wider ones of N doubles.
 template <class T>
@@ -275,11 +278,27 @@ DAAM_INLINE V<float> load_as(const Float16* at) {
 DAAM_INLINE V<float> pack_as(V<float> v, const float*) { return v; }
 DAAM_INLINE V<double> pack_as(V<double> v, const double*) { return v; }
 
-DAAM_INLINE typename Vector<float>::half pack_as(V<float> v, const BFloat16*) {
+// BFloat16 in the upper half. A NaN stays one: those that arithmetic makes, or passes on from BFloat16, have zeros where
+// it could overflow.
+DAAM_INLINE Mask<float> round_to_upper_half(V<float> v) {
   const Mask<float> bits = (Mask<float>)v;
-  // A NaN stays one: those that arithmetic makes, or passes on from BFloat16, have zeros where it could overflow.
-  const Mask<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return __builtin_convertvector(rounded, typename Vector<float>::half);
+  return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+DAAM_INLINE typename Vector<float>::half pack_as(V<float> v, const BFloat16*) {
+  return __builtin_convertvector(round_to_upper_half(v) >> 16, typename Vector<float>::half);
+}
+
+DAAM_INLINE Mask<float> load_pair(const PairedBFloat16* at) {
+  return *reinterpret_cast<const typename Vector<float>::loose_mask*>(at);
+}
+DAAM_INLINE V<float> load_even(const PairedBFloat16* at) { return (V<float>)(load_pair(at) << 16); }
+DAAM_INLINE V<float> load_odd(const PairedBFloat16* at) { return (V<float>)(load_pair(at) & (int32_t)0xffff0000); }
+
+// Vectors of even and odd places, as a vector in memory.
+DAAM_INLINE V<float> pack_pair(V<float> even, V<float> odd) {
+  const Mask<float> low = (Mask<float>)((round_to_upper_half(even) >> 16) & 0xffff);
+  return (V<float>)(low | (round_to_upper_half(odd) & (int32_t)0xffff0000));
 }
 
 DAAM_INLINE typename Vector<float>::half pack_as(V<float> v, const Float16*) {
