@@ -24,11 +24,14 @@ class Rows {
   void pack(int64_t unit, int64_t start) {
     const daam_density& p = job.problem;
     const Tensors& t = job.tensors;
-    if (unit != next_unit) find_places(unit, start, next);
-    here = next;
+    if (unit == next_unit)
+      flipped = !flipped;
+    else
+      find_places(unit, start, places[flipped]);
+    const Places& here = places[flipped];
     packed.count = here.count;
     packed.heads = &job.heads[here.head[0]];
-    choose_formats();
+    choose_formats(here);
     Arrays<T> arrays = {static_cast<char*>(scratch)};
     for (int r = 0; r < packed.count; r++) {
       Row<T>& row = packed.row[r];
@@ -47,7 +50,7 @@ class Rows {
         row.valid = valid;
       }
     }
-    look_ahead(unit, start);
+    look_ahead(unit, start, here, places[!flipped]);
   }
 
   int64_t groups() const { return 1; }
@@ -55,6 +58,7 @@ class Rows {
   const Group<T>* take(int64_t, int) const { return &packed; }
 
   void write_back() const {
+    const Places& here = places[flipped];
     const int64_t stride = job.problem.out.row;
     const bool weights_wait = job.tensors.weights && !in_place(stride);
     for (int r = 0; r < packed.count && (!write_here || weights_wait); r++) {
@@ -67,7 +71,7 @@ class Rows {
 
   void add(const SliceSums<T>* from, int, int64_t, double* to) const {
     for (int r = 0; r < packed.count; r++) {
-      double* const sums = to + here.head[r] * 4;
+      double* const sums = to + places[flipped].head[r] * 4;
       sums[0] += from->t0[r], sums[1] += from->t0_v[r], sums[2] += from->u1_v[r], sums[3] += from->u2_v[r];
     }
   }
@@ -107,7 +111,7 @@ class Rows {
   }
 
   // The next unit, or the next run.
-  DAAM_INLINE void look_ahead(int64_t unit, int64_t start) {
+  DAAM_INLINE void look_ahead(int64_t unit, int64_t start, const Places& here, Places& next) {
     const bool cut = run < job.longest;
     next_unit = cut ? -1 : least(unit + 1, job.units - 1);
     if (!cut) find_places(next_unit, start, next);
@@ -120,7 +124,7 @@ class Rows {
     }
   }
 
-  DAAM_INLINE void choose_formats() {
+  DAAM_INLINE void choose_formats(const Places& here) {
     const daam_density& p = job.problem;
     const bool cut = run < job.longest;  // a run is swept several times, and unpacked every time
     const bool unpack_later = P == Padding::kNone && !cut && p.x.row == 1 && (!BACKWARD || p.grad.row == 1);
@@ -155,7 +159,8 @@ class Rows {
   void* const scratch;
   int64_t next_unit = -1;
   bool write_here;  // in the last sweep
-  Places here, next;
+  bool flipped = false;
+  Places places[2];  // of this unit and the next: [flipped] is this one's
   Group<T> packed;
 };
 
