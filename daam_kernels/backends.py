@@ -40,22 +40,23 @@ def available_backends() -> dict[str, BackendStatus]:
     }
 
 
-def resolve(backend: str, x: Tensor) -> str:
-    """The backend that serves x, for one of ``BACKENDS`` or "auto".
+def resolve(backend: str, x: Tensor, density: str = "product") -> str:
+    """The backend that serves x with this density, for one of ``BACKENDS`` or "auto".
 
     Raises:
         ValueError: the name is unknown, here or in the environment variable that overrides "auto".
-        RuntimeError: the backend was asked for by name and cannot serve a tensor on this device or of this type.
+        RuntimeError: the backend was asked for by name and cannot serve a tensor on this device or of this type, or
+            not this density.
     """
     asked = "backend"
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto").strip().lower() or "auto"
         asked = f"the environment variable {ENVIRONMENT_VARIABLE}"
         if backend == "auto":
-            return next(name for name in _preferred(x) if _status(name, x))
+            return next(name for name in _preferred(x) if _status(name, x, density))
         if backend not in BACKENDS:
             raise ValueError(f"{asked} must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-    status = _status(backend, x)
+    status = _status(backend, x, density)
     if not status:
         raise RuntimeError(f"{asked} asks for {backend!r}, which cannot serve a tensor on {x.device}: {status.reason}")
     return backend
@@ -78,7 +79,9 @@ def _preferred(x: Tensor) -> tuple[str, ...]:
     return ("native", "reference") if x.is_cpu else ("reference",)
 
 
-def _status(backend: str, x: Tensor) -> BackendStatus:
+def _status(backend: str, x: Tensor, density: str) -> BackendStatus:
+    if backend in ("native", "cuda") and density != "product":
+        return BackendStatus(False, f"it serves density='product' alone, got {density!r}")
     if backend == "triton":
         return _triton_status(x.is_cuda)
     if backend == "native":

@@ -13,6 +13,7 @@ from .ops.density_attention import apply
 from .options import DensityOptions
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DENSITIES = ("product", "mixture")
 
 
 def density_attention(
@@ -20,6 +21,9 @@ def density_attention(
     mean_offsets: Tensor,
     c: Tensor,
     *,
+    density: str = "product",
+    weights: Tensor | None = None,
+    weights_softmax: bool = True,
     norm_axis: int = -1,
     padding_value: float | None = None,
     mask: Tensor | None = None,
@@ -33,14 +37,21 @@ def density_attention(
     """Weigh x by the density of its own values: fused density adaptive attention.
 
     Along ``norm_axis``, cut into heads, every slice of x is standardised with its own mean and variance, weighed
-    by the product of num_gaussians learned Gaussians, normalised to sum to one, and multiplied with x.
-    Source: Ioannides et al., arXiv 2401.11143, Algorithm 2; equal to the PyPI package gaussian-adaptive-attention.
+    by the product or the mixture of num_gaussians learned Gaussians, normalised to sum to one, and multiplied with x.
+    Source: Ioannides et al., arXiv 2401.11143, Algorithm 2; the product is equal to the PyPI package
+    gaussian-adaptive-attention, the mixture to the first generation of its public code.
 
     Args:
         x: float64, float32, bfloat16 or float16, any number of dimensions, any strides. ``norm_axis`` of size R is
             cut into num_heads chunks of R // num_heads, at least 2; the last head also takes the remainder.
         mean_offsets: [num_heads, num_gaussians], offsets of the Gaussians from a slice's mean, in units of x.
         c: [num_heads, num_gaussians], their widths in units of a slice's standard deviation; only c^2 counts.
+        density: ``"product"`` of the Gaussians, or their ``"mixture"``, sum_k share_k exp(-(d - offset_k)^2 / (2 var
+            c_k^2)) for an element at distance d from its slice's mean.
+        weights: [num_heads, num_gaussians], of the mixture alone, which needs them.
+        weights_softmax: whether the softmax of ``weights`` over the Gaussians of a head is their shares; if not, they
+            are the shares as they are, not negative, of any sum. A share of 0 is a Gaussian that is not there, and has
+            no gradient. The shares are worked out in float64 for float64 weights, else in float32.
         norm_axis: the axis that statistics and weights are taken along; may be negative.
         padding_value: elements equal to it (rounded to x's type) are padding. None: no such value.
         mask: boolean, broadcastable to x, True where x is valid. With ``padding_value``, valid means both.
@@ -61,13 +72,15 @@ def density_attention(
         TypeError, ValueError: an argument does not fit; the message names it, what it got and what it takes.
         RuntimeError: the backend was asked for by name and cannot serve x.
     """
-    call = eager.signature(
-        x, mean_offsets, c, mask, return_weights,
-        norm_axis, padding_value, padding_stats, normalize, eps, residual, backend,
-    )  # fmt: skip
-    run = eager.remembered(call)
-    if run is not None:
-        return run(x, mean_offsets, c)
+    call = None
+    if density == "product" and weights is None:
+        call = eager.signature(
+            x, mean_offsets, c, mask, return_weights,
+            norm_axis, padding_value, padding_stats, normalize, eps, residual, backend,
+        )  # fmt: skip
+        run = eager.remembered(call)
+        if run is not None:
+            return run(x, mean_offsets, c)
     options = DensityOptions(
         _check_axis(norm_axis, x),
         _check_padding_value(padding_value),
@@ -75,13 +88,29 @@ def density_attention(
         _check_choice("normalize", normalize, ("clamp", "softmax")),
         _check_eps(eps, x),
         bool(residual),
+        _check_choice("density", density, _DENSITIES),
     )
-    _check_gaussians(mean_offsets, c, x)
+    _check_gaussians(x, mean_offsets=mean_offsets, c=c)
+    if (weights is None) != (density == "product"):
+        what = "None" if weights is None else "them"
+        raise ValueError(f"weights must be given for density='mixture', and for it alone, got {what} for {density!r}")
+    if weights is not None:
+        _check_gaussians(x, mean_offsets=mean_offsets, weights=weights)
     _check_heads(x.shape[options.norm_axis], mean_offsets.shape[0], options.norm_axis)
     if mask is not None:
         _check_mask(mask, x)
     _check_choice("backend", backend, ("auto", *BACKENDS))
-    return apply(x, mean_offsets, c, mask, options, bool(return_weights), backend, call)
+    log_shares = None if weights is None else _log_shares(weights, bool(weights_softmax))
+    return apply(x, mean_offsets, c, log_shares, mask, options, bool(return_weights), backend, call)
+
+
+def _log_shares(weights: Tensor, softmax: bool) -> Tensor:
+    """Logarithms of the shares of a mixture's Gaussians, -inf for one that is not there."""
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    if softmax:
+        return weights.log_softmax(1).contiguous()
+    absent = weights == 0  # log 0 has no gradient: the way back must not meet it
+    return torch.where(absent, -math.inf, torch.where(absent, 1, weights).log()).contiguous()
 
 
 def _check_axis(norm_axis: int, x: Tensor) -> int:
@@ -99,8 +128,8 @@ def _check_axis(norm_axis: int, x: Tensor) -> int:
     return norm_axis % dims
 
 
-def _check_gaussians(mean_offsets: Tensor, c: Tensor, x: Tensor) -> None:
-    for name, parameter in (("mean_offsets", mean_offsets), ("c", c)):
+def _check_gaussians(x: Tensor, **parameters: Tensor) -> None:
+    for name, parameter in parameters.items():
         if not isinstance(parameter, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(parameter).__name__}")
         if not parameter.dtype.is_floating_point:
@@ -111,10 +140,11 @@ def _check_gaussians(mean_offsets: Tensor, c: Tensor, x: Tensor) -> None:
             )
         if parameter.device != x.device:
             raise ValueError(f"{name} must be on x's device, {x.device}, got {parameter.device}")
-    if mean_offsets.shape != c.shape:
+    first, second = parameters.values()
+    if first.shape != second.shape:
         raise ValueError(
-            f"mean_offsets and c must have the same shape [num_heads, num_gaussians], "
-            f"got {_shape(mean_offsets)} and {_shape(c)}"
+            f"{' and '.join(parameters)} must have the same shape [num_heads, num_gaussians], "
+            f"got {_shape(first)} and {_shape(second)}"
         )
 
 

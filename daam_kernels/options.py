@@ -16,6 +16,7 @@ class DensityOptions(NamedTuple):
     normalize: str
     eps: float
     residual: bool
+    density: str = "product"
 
     def padding_in(self, dtype: torch.dtype) -> float | None:
         """The padding value rounded to x's type, as torch compares; None for a NaN too, which nothing equals."""

@@ -19,16 +19,19 @@ from . import eager
 _MIN_SAVED = 64  # shorter slices recompute their statistics: saving them would move as many bytes as x does
 _ALWAYS_SAVED = 1024  # a last head with that long a remainder may not fit one block, and then needs them
 
-_OPTIONS = "int norm_axis, float? padding_value, str padding_stats, str normalize, float eps, bool residual"
+_TENSORS = "Tensor x, Tensor mean_offsets, Tensor c, Tensor? log_shares, Tensor? mask"
+_OPTIONS = (
+    "int norm_axis, float? padding_value, str padding_stats, str normalize, float eps, bool residual, str density"
+)
 
 _library = torch.library.Library("daam_kernels", "DEF")
 _library.define(
-    f"density_attention(Tensor x, Tensor mean_offsets, Tensor c, Tensor? mask, {_OPTIONS}, "
+    f"density_attention({_TENSORS}, {_OPTIONS}, "
     "bool return_weights, bool save_stats, str backend) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    f"density_attention_backward(Tensor grad, Tensor x, Tensor mean_offsets, Tensor c, Tensor? mask, Tensor stats, "
-    f"{_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)"
+    f"density_attention_backward(Tensor grad, {_TENSORS}, Tensor stats, "
+    f"{_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)"  # the last one is empty without log_shares
 )
 
 
@@ -36,6 +39,7 @@ def apply(
     x: Tensor,
     mean_offsets: Tensor,
     c: Tensor,
+    log_shares: Tensor | None,
     mask: Tensor | None,
     options: DensityOptions,
     return_weights: bool,
@@ -44,20 +48,21 @@ def apply(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y, or (y, weights) with ``return_weights``; differentiable. The arguments are checked already.
 
-    ``call`` is their signature, to remember how they were served; None for what is not remembered.
+    ``log_shares``: [num_heads, num_gaussians], contiguous, float32 or float64, for a density that has them, else None.
+    ``call`` is the signature of them all, to remember how they were served; None for what is not remembered.
     """
-    tensors = x, mean_offsets, c
+    tensors = x, mean_offsets, c, log_shares
     if eager.is_transformed():
-        resolve(backend, x)
-        return reference.density_attention(*tensors, mask=mask, return_weights=return_weights, **options._asdict())
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or mean_offsets.requires_grad or c.requires_grad)
+        resolve(backend, x, options.density)
+        return _reference_forward(*tensors, mask, options, return_weights)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not eager.is_plain(*tensors, mask):
         operator = torch.ops.daam_kernels.density_attention.default
         y, weights, _ = operator(*tensors, mask, *options, return_weights, needs_grad, backend)
         return (y, weights) if return_weights else y
-    backend = resolve(backend, x)  # once: the backward must be the one that knows what this forward saved
+    backend = resolve(backend, x, options.density)  # once: the backward must know what this forward saved
     if call is not None and backend == "native":
-        _remember(call, *tensors, options)
+        _remember(call, x, mean_offsets, c, options)
     if needs_grad:
         return _DensityAttention.apply(*tensors, mask, options, return_weights, backend)
     y, weights = _forward(*tensors, mask, options, return_weights, None, backend)
@@ -85,6 +90,7 @@ def _forward(
     x: Tensor,
     mean_offsets: Tensor,
     c: Tensor,
+    log_shares: Tensor | None,
     mask: Tensor | None,
     options: DensityOptions,
     return_weights: bool,
@@ -93,9 +99,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     """(y, weights or None) of a backend by its own name. Triton fills stats for its backward; others leave them."""
     if backend == "reference":
-        arguments = dict(mask=mask, return_weights=return_weights, **options._asdict())
         with torch.no_grad():
-            result = reference.density_attention(x, mean_offsets, c, **arguments)
+            result = _reference_forward(x, mean_offsets, c, log_shares, mask, options, return_weights)
         y, weights = result if return_weights else (result, None)
         return _as_layout(y, x), _as_layout(weights, x) if return_weights else None
     y = torch.empty_like(x)
@@ -103,7 +108,7 @@ def _forward(
     if backend == "triton":
         from ..kernels.density_forward import density_forward
 
-        density_forward(x, mean_offsets, c, mask, options, y, weights, stats)
+        density_forward(x, mean_offsets, c, mask, options, y, weights, stats, **_named(log_shares))
     else:
         native.density_forward(x, mean_offsets, c, mask, options, y, weights)
     return y, weights
@@ -114,20 +119,24 @@ def _backward(
     x: Tensor,
     mean_offsets: Tensor,
     c: Tensor,
+    log_shares: Tensor | None,
     mask: Tensor | None,
     stats: Tensor | None,
     options: DensityOptions,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dmean_offsets, dc) of a backend by its own name; stats are what its forward saved, or None."""
+) -> tuple[Tensor, ...]:
+    """(dx, dmean_offsets, dc), and dlog_shares where these are, of a backend by its own name.
+
+    stats are what its forward saved, or None.
+    """
     if backend in ("native", "cuda"):
         return native.density_backward(grad, x, mean_offsets, c, mask, options)
     if backend == "triton":
         from ..kernels.density_backward import density_backward
 
-        return density_backward(grad, x, mean_offsets, c, mask, stats, options)
+        return density_backward(grad, x, mean_offsets, c, mask, stats, options, **_named(log_shares))
     with torch.no_grad():
-        dx, *rest = _reference_backward(grad, x, mean_offsets, c, mask, options)
+        dx, *rest = _reference_backward(grad, x, mean_offsets, c, log_shares, mask, options)
     return _as_layout(dx, x), *rest
 
 
@@ -135,10 +144,11 @@ class _DensityAttention(torch.autograd.Function):
     """The eager path: no dispatcher between autograd and the kernel."""
 
     @staticmethod
-    def forward(ctx, x, mean_offsets, c, mask, options, return_weights, backend):
+    def forward(ctx, x, mean_offsets, c, log_shares, mask, options, return_weights, backend):
         stats = _new_stats(x, mean_offsets, options, backend) if backend == "triton" else None
-        y, weights = _forward(x, mean_offsets, c, mask, options, return_weights, _or_none(stats), backend)
-        ctx.save_for_backward(x, mean_offsets, c, mask, stats)
+        tensors = x, mean_offsets, c, log_shares, mask
+        y, weights = _forward(*tensors, options, return_weights, _or_none(stats), backend)
+        ctx.save_for_backward(*tensors, stats)
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
         if weights is None:
@@ -149,7 +159,7 @@ class _DensityAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 7
+            return (None,) * 8
         gradients = _gradients(grad, *ctx.saved_tensors, ctx.options, ctx.backend)
         return (*gradients, None, None, None, None)
 
@@ -167,72 +177,91 @@ class _Remembered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return (*_gradients(grad, *ctx.saved_tensors, None, None, ctx.options, "native"), None, None)
+        dx, dmean_offsets, dc, _ = _gradients(grad, *ctx.saved_tensors, None, None, None, ctx.options, "native")
+        return dx, dmean_offsets, dc, None, None
 
 
-def _gradients(grad, x, mean_offsets, c, mask, stats, options, backend):
-    """(dx, dmean_offsets, dc) in whatever way autograd asks for them."""
+def _gradients(grad, x, mean_offsets, c, log_shares, mask, stats, options, backend):
+    """(dx, dmean_offsets, dc, dlog_shares or None) in whatever way autograd asks for them."""
+    tensors = x, mean_offsets, c, log_shares, mask
     if torch.is_grad_enabled():
-        return _reference_backward(grad, x, mean_offsets, c, mask, options)
-    if eager.is_plain(grad):
-        return _backward(grad, x, mean_offsets, c, mask, _or_none(stats), options, backend)
-    operator = torch.ops.daam_kernels.density_attention_backward.default
-    return operator(grad, x, mean_offsets, c, mask, x.new_empty(0) if stats is None else stats, *options, backend)
+        gradients = _reference_backward(grad, *tensors, options)
+    elif eager.is_plain(grad):
+        gradients = _backward(grad, *tensors, _or_none(stats), options, backend)
+    else:
+        operator = torch.ops.daam_kernels.density_attention_backward.default
+        gradients = operator(grad, *tensors, x.new_empty(0) if stats is None else stats, *options, backend)
+    return gradients if log_shares is not None else (*gradients[:3], None)
 
 
-def _reference_backward(grad, x, mean_offsets, c, mask, options):
+def _reference_forward(x, mean_offsets, c, log_shares, mask, options, return_weights):
+    return reference.density_attention(
+        x, mean_offsets, c, log_shares=log_shares, mask=mask, return_weights=return_weights, **options._asdict()
+    )
+
+
+def _reference_backward(grad, x, mean_offsets, c, log_shares, mask, options):
     """The gradient in ordinary operations; a graph of them has derivatives of any order."""
-    return reference.density_attention_backward(grad, x, mean_offsets, c, mask=mask, **options._asdict())
+    return reference.density_attention_backward(
+        grad, x, mean_offsets, c, log_shares=log_shares, mask=mask, **options._asdict()
+    )
 
 
-def _operator(x, mean_offsets, c, mask, *rest):
+def _named(log_shares):
+    return {} if log_shares is None else {"log_shares": log_shares}
+
+
+def _operator(x, mean_offsets, c, log_shares, mask, *rest):
     *options, return_weights, save_stats, backend = rest
     options = DensityOptions(*options)
     stats = _new_stats(x, mean_offsets, options, backend if save_stats else None)
-    resolved = resolve(backend, x)
-    y, weights = _forward(x, mean_offsets, c, mask, options, return_weights, _or_none(stats), resolved)
+    resolved = resolve(backend, x, options.density)
+    tensors = x, mean_offsets, c, log_shares, mask
+    y, weights = _forward(*tensors, options, return_weights, _or_none(stats), resolved)
     return y, weights if return_weights else x.new_empty(0), stats if resolved == "triton" else stats.zero_()
 
 
-def _operator_fake(x, mean_offsets, c, mask, *rest):
+def _operator_fake(x, mean_offsets, c, log_shares, mask, *rest):
     *options, return_weights, save_stats, backend = rest
     weights = torch.empty_like(x) if return_weights else x.new_empty(0)
     stats = _new_stats(x, mean_offsets, DensityOptions(*options), backend if save_stats else None)
     return torch.empty_like(x), weights, stats
 
 
-def _operator_backward(grad, x, mean_offsets, c, mask, stats, *rest):
+def _operator_backward(grad, x, mean_offsets, c, log_shares, mask, stats, *rest):
     *options, backend = rest
-    return _backward(grad, x, mean_offsets, c, mask, _or_none(stats), DensityOptions(*options), resolve(backend, x))
+    options = DensityOptions(*options)
+    resolved = resolve(backend, x, options.density)
+    gradients = _backward(grad, x, mean_offsets, c, log_shares, mask, _or_none(stats), options, resolved)
+    return gradients if log_shares is not None else (*gradients, x.new_empty(0))
 
 
-def _operator_backward_fake(grad, x, mean_offsets, c, mask, stats, *rest):
-    return tuple(torch.empty_like(t, memory_format=m) for t, m in _gradient_layouts(x, mean_offsets, c))
-
-
-def _gradient_layouts(x, mean_offsets, c):
-    return (x, torch.preserve_format), (mean_offsets, torch.contiguous_format), (c, torch.contiguous_format)
+def _operator_backward_fake(grad, x, mean_offsets, c, log_shares, mask, stats, *rest):
+    parameters = mean_offsets, c, x.new_empty(0) if log_shares is None else log_shares
+    gradients = (torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters)
+    return torch.empty_like(x), *gradients
 
 
 def _setup_context(ctx, inputs, output):
-    x, mean_offsets, c, mask, *rest = inputs
-    *options, _, _, ctx.backend = rest
-    ctx.options = DensityOptions(*options)
-    ctx.save_for_backward(x, mean_offsets, c, mask, output[2])
+    *tensors, _, _, ctx.backend = inputs
+    ctx.options = DensityOptions(*tensors[5:])
+    ctx.save_for_backward(*tensors[:5], output[2])
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
 
 
 def _operator_gradient(ctx, grad, _weights, _stats):
-    tensors = (None,) * 3
+    gradients = (None,) * 4
     if grad is not None:
-        x, mean_offsets, c, mask, stats = ctx.saved_tensors
+        *tensors, stats = ctx.saved_tensors
         if torch.is_grad_enabled():
-            tensors = _reference_backward(grad, x, mean_offsets, c, mask, ctx.options)
+            gradients = _reference_backward(grad, *tensors, ctx.options)
         else:
             operator = torch.ops.daam_kernels.density_attention_backward.default
-            tensors = operator(grad, x, mean_offsets, c, mask, stats, *ctx.options, ctx.backend)
-    return (*tensors, None, *(None for _ in ctx.options), None, None, None)
+            gradients = operator(grad, *tensors, stats, *ctx.options, ctx.backend)
+        log_shares = tensors[3]
+        gradients = gradients if log_shares is not None else (*gradients[:3], None)
+    return (*gradients, None, *(None for _ in ctx.options), None, None, None)
 
 
 def _refuse_second_gradient(ctx, *_):
@@ -255,7 +284,9 @@ torch.library.register_autograd("daam_kernels::density_attention_backward", _ref
 
 
 def _new_stats(x: Tensor, mean_offsets: Tensor, options: DensityOptions, backend: str | None) -> Tensor:
-    """What a forward saves for Triton's backward; empty where slices are short, or for a backend that saves nothing.
+    """What a forward saves for Triton's backward; empty where slices are short, or where nothing is saved.
+
+    That is for backends other than Triton, and for densities other than the product.
 
     It depends on the arguments alone, not on what "auto" is on this machine: a graph may run on another one.
     [3, slices] in the arithmetic type: x0, mean - x0 and the variance, in an order that Triton's backward knows.
@@ -263,7 +294,7 @@ def _new_stats(x: Tensor, mean_offsets: Tensor, options: DensityOptions, backend
     num_heads, length = mean_offsets.shape[0], x.shape[options.norm_axis]
     chunk = length // num_heads
     short = chunk < _MIN_SAVED and length - (num_heads - 1) * chunk < _ALWAYS_SAVED
-    saves = backend == "triton" or (backend == "auto" and x.is_cuda)
+    saves = options.density == "product" and (backend == "triton" or (backend == "auto" and x.is_cuda))
     shape = (3, x.numel() // length * num_heads) if saves and not short else (0,)
     return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 

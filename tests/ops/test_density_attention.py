@@ -28,9 +28,9 @@ from torch.autograd import forward_ad
 forward = torch.ops.daam_kernels.density_attention.default
 backward = torch.ops.daam_kernels.density_attention_backward.default
 
-# norm_axis, padding_value, padding_stats, normalize, eps, residual
-PLAIN = (1, None, "zero", "clamp", 1e-8, False)
-PADDED = (1, 7.0, "exclude", "softmax", 1e-6, True)
+# norm_axis, padding_value, padding_stats, normalize, eps, residual, density
+PLAIN = (1, None, "zero", "clamp", 1e-8, False, "product")
+PADDED = (1, 7.0, "exclude", "softmax", 1e-6, True, "product")
 
 
 def inputs(backend, dtype=torch.float32, shape=(2, 12, 3), num_heads=2, parameters_type=None):
@@ -58,7 +58,7 @@ def test_opcheck_of_the_operator(backend, masked, dtype):
     x, mean_offsets, c = leaves(inputs(backend, dtype))
     mask, options = (some_mask(x), PADDED) if masked else (None, PLAIN)
     for return_weights in (False, True):
-        torch.library.opcheck(forward, (x, mean_offsets, c, mask, *options, return_weights, True, backend))
+        torch.library.opcheck(forward, (x, mean_offsets, c, None, mask, *options, return_weights, True, backend))
 
 
 @pytest.mark.parametrize("save_stats", [False, True])
@@ -68,7 +68,7 @@ def test_opcheck_with_saved_statistics(backend, shape, norm_axis, save_stats):
     """Slices of 64 elements and more, whose statistics are an output; the operator's norm_axis is never negative."""
     tensors = leaves(inputs(backend, shape=shape)) if save_stats else inputs(backend, shape=shape)
     options = (norm_axis % len(shape), *PLAIN[1:])
-    torch.library.opcheck(forward, (*tensors, None, *options, False, save_stats, backend))
+    torch.library.opcheck(forward, (*tensors, None, None, *options, False, save_stats, backend))
 
 
 @pytest.mark.parametrize("layout", [transposed, every_second, narrowed, "expanded", "channels_last"])
@@ -79,9 +79,9 @@ def test_opcheck_of_other_layouts(backend, layout):
         x = x[:, :, :1].expand_as(x)
     else:
         x = channels_last(x) if layout == "channels_last" else layout(x)
-    torch.library.opcheck(forward, (x, mean_offsets, c, None, *PLAIN, True, False, backend))
+    torch.library.opcheck(forward, (x, mean_offsets, c, None, None, *PLAIN, True, False, backend))
     stats = torch.empty(0, device=x.device)
-    torch.library.opcheck(backward, (x, x, mean_offsets, c, None, stats, *PLAIN, backend))
+    torch.library.opcheck(backward, (x, x, mean_offsets, c, None, None, stats, *PLAIN, backend))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -92,17 +92,17 @@ def test_opcheck_of_the_backward_operator(backend, length, masked, dtype):
     tensors = inputs(backend, dtype, shape=(1, length, 2), parameters_type=torch.bfloat16 if masked else None)
     x = tensors[0]
     mask, options = (some_mask(x), PADDED) if masked else (None, PLAIN)
-    stats = forward(*tensors, mask, *options, False, True, backend)[2]
+    stats = forward(*tensors, None, mask, *options, False, True, backend)[2]
     assert (stats.numel() > 0) == (length >= 128 and backend == "triton")
-    torch.library.opcheck(backward, (torch.ones_like(x), *tensors, mask, stats, *options, backend))
+    torch.library.opcheck(backward, (torch.ones_like(x), *tensors, None, mask, stats, *options, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_operator_is_what_the_public_function_computes(backend):
     tensors = inputs(backend)
     mask = some_mask(tensors[0])
-    y, weights, _ = forward(*tensors, mask, *PADDED, True, False, backend)
-    names = ("norm_axis", "padding_value", "padding_stats", "normalize", "eps", "residual")
+    y, weights, _ = forward(*tensors, None, mask, *PADDED, True, False, backend)
+    names = ("norm_axis", "padding_value", "padding_stats", "normalize", "eps", "residual", "density")
     options = dict(zip(names, PADDED))
     expected = density_attention(*tensors, mask=mask, return_weights=True, backend=backend, **options)
     assert_same_bits(y, expected[0])
@@ -204,8 +204,8 @@ def test_fake_tensors_with_cuda_metadata(make, dtype):
         x = {"contiguous": x, "transposed": x.transpose(0, 2), "expanded": x.narrow(0, 0, 1).expand(4, 256, 6)}[make]
         parameters = torch.empty(2, 3, device="cuda"), torch.empty(2, 3, device="cuda", dtype=torch.float64)
         y, weights = density_attention(x, *parameters, norm_axis=1, return_weights=True)
-        stats = forward(x, *parameters, None, *PLAIN, False, True, "auto")[2]
-        gradients = backward(torch.empty_like(y), x, *parameters, None, stats, *PLAIN, "auto")
+        stats = forward(x, *parameters, None, None, *PLAIN, False, True, "auto")[2]
+        gradients = backward(torch.empty_like(y), x, *parameters, None, None, stats, *PLAIN, "auto")
         for t in (y, weights, gradients[0]):
             assert t.shape == x.shape and t.dtype == dtype and t.device.type == "cuda"
             assert t.stride() == torch.empty_like(x).stride()
@@ -276,7 +276,7 @@ def test_the_backward_operator_refuses_a_second_derivative(backend):
     tensors = leaves(inputs(backend))
     grad = torch.ones_like(tensors[0], requires_grad=True)
     stats = torch.empty(0, device=grad.device)
-    dx, *_ = backward(grad, *tensors, None, stats, *PLAIN, backend)
+    dx, *_ = backward(grad, *tensors, None, None, stats, *PLAIN, backend)
     with pytest.raises(RuntimeError, match="density_attention_backward is not differentiable itself"):
         dx.sum().backward()
 
@@ -287,7 +287,7 @@ def test_the_operator_itself_is_differentiable_twice_in_eager(backend):
     fast = interpreted(backend)
 
     def run(*tensors):
-        return forward(*tensors, None, *PLAIN, False, True, backend)[0]
+        return forward(*tensors, None, None, *PLAIN, False, True, backend)[0]
 
     assert torch.autograd.gradcheck(run, (x, mean_offsets, c), fast_mode=fast)
     assert torch.autograd.gradgradcheck(run, (x, mean_offsets, c), fast_mode=fast)
@@ -296,11 +296,11 @@ def test_the_operator_itself_is_differentiable_twice_in_eager(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weights_and_statistics_carry_no_gradient(backend):
     tensors = leaves(inputs(backend, shape=(1, 140, 2)))
-    y, weights, stats = forward(*tensors, None, *PLAIN, True, True, backend)
+    y, weights, stats = forward(*tensors, None, None, *PLAIN, True, True, backend)
     assert bool(stats.numel()) == (backend == "triton")
     assert y.requires_grad and not weights.requires_grad and not stats.requires_grad
     got = torch.autograd.grad((y * weights).sum(), tensors)
-    y = forward(*tensors, None, *PLAIN, False, True, backend)[0]
+    y = forward(*tensors, None, None, *PLAIN, False, True, backend)[0]
     for g, e in zip(got, torch.autograd.grad((y * weights.clone()).sum(), tensors), strict=True):
         assert_same_bits(g, e)
 
