@@ -105,12 +105,18 @@ def density_attention_backward(
         g_valid = g if s.valid is None else torch.where(s.valid, g, 0)
         through = at_work.gradient(weights, _centred(s, density_of_x, weights, g_valid))
 
-        dx = g * weights.values + through.mean / s.count + through.var / (s.count - 1) * s.standard
+        element, mean = through.element, through.mean
+        if weights.clamped is not None:
+            # What x gets through its own place in m and through the mean cancels in a slice that is constant or nearly
+            # so, and large both are where the sum of p is not 0: they are taken relative to one element's.
+            relative = element - s.at(density_of_x.nearest, element)
+            mean = torch.where(weights.clamped, -s.sum(s.in_domain(relative, 0)), mean)
+            element = torch.where(weights.clamped, relative, element)
+        dx = g * weights.values + mean / s.count + through.var / (s.count - 1) * s.standard + element
         if s.skipped is not None:
             dx = torch.where(s.skipped, g, dx)
         if s.valid is not None:
-            dx = torch.where(s.valid, dx, g)
-        dx = dx + through.element
+            dx = torch.where(s.valid, dx, g + through.element)
         grads_x.append((dx + g if residual else dx).flatten(axis, axis + 1))
         sums.append(through.sums)
     return _join(grads_x, axis).to(x.dtype), *form.gradients(_join(sums, 1))
