@@ -4,7 +4,7 @@ from . import reference
 from .backends import available_backends
 from .compat import fuse, fusion_report, unfuse
 from .functional import density_attention
-from .modules import FusedDAAM, FusedDensityBlock, FusedMultiHeadDAAM
+from .modules import FusedDAAM, FusedDensityBlock, FusedMultiHeadDAAM, FusedMultiHeadGAAM
 
 __version__ = "0.1.0"
 
@@ -12,6 +12,7 @@ __all__ = [
     "FusedDAAM",
     "FusedDensityBlock",
     "FusedMultiHeadDAAM",
+    "FusedMultiHeadGAAM",
     "available_backends",
     "density_attention",
     "fuse",

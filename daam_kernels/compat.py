@@ -23,6 +23,10 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .modules.daam import _PARAMETERS, FusedDAAM, FusedDensityBlock, FusedMultiHeadDAAM
+from .modules.gaam import FusedMultiHeadGAAM
+
+
+_FIRST_GENERATION = {"initial_c", "initial_variance", "learnable_weights"}
 
 
 class GaussianAdaptiveAttention(FusedDAAM):
@@ -30,7 +34,24 @@ class GaussianAdaptiveAttention(FusedDAAM):
 
 
 class MultiHeadGaussianAdaptiveAttention(FusedMultiHeadDAAM):
-    """The public package's multi-head, fused: see :class:`daam_kernels.FusedMultiHeadDAAM`."""
+    """The multi-head of the public package, or of the public code's first generation, fused.
+
+    ``(norm_axis, num_heads, num_gaussians, padding_value, eps)`` makes the package's, a product of Gaussians: see
+    :class:`daam_kernels.FusedMultiHeadDAAM`. ``(norm_axis, num_heads, num_gaussians, initial_c, learnable_weights,
+    padding_value, eps)`` makes the first generation's, a mixture: a :class:`daam_kernels.FusedMultiHeadGAAM`. It is so
+    if more than five arguments are positional, or ``initial_c``, ``initial_variance`` (another name for it) or
+    ``learnable_weights`` is named.
+    """
+
+    def __new__(cls, *arguments, **keywords):
+        first_generation = len(arguments) > 5 or not _FIRST_GENERATION.isdisjoint(keywords)
+        if cls is not MultiHeadGaussianAdaptiveAttention or not first_generation:
+            return super().__new__(cls)
+        if "initial_variance" in keywords:
+            if "initial_c" in keywords or len(arguments) > 3:
+                raise TypeError(f"{cls.__name__} takes initial_c or initial_variance, got both")
+            keywords["initial_c"] = keywords.pop("initial_variance")
+        return FusedMultiHeadGAAM(*arguments, **keywords)
 
 
 class GaussianBlock(FusedDensityBlock):

@@ -1,5 +1,6 @@
 """torch.nn modules, one file per family."""
 
 from .daam import FusedDAAM, FusedDensityBlock, FusedMultiHeadDAAM
+from .gaam import FusedMultiHeadGAAM
 
-__all__ = ["FusedDAAM", "FusedDensityBlock", "FusedMultiHeadDAAM"]
+__all__ = ["FusedDAAM", "FusedDensityBlock", "FusedMultiHeadDAAM", "FusedMultiHeadGAAM"]

@@ -29,7 +29,9 @@ _HEADS = "attention_heads."  # what the public package calls the list of a multi
 
 
 class _DensityAttention(nn.Module):
-    """What one head and many share: parameters [heads, num_gaussians], one call, the options of that call."""
+    """What the modules share: parameters [heads, num_gaussians], one call, the options of that call."""
+
+    _SHOWN = ("norm_axis", "num_heads", "num_gaussians", "padding_value", "eps")
 
     def __init__(
         self,
@@ -59,7 +61,6 @@ class _DensityAttention(nn.Module):
         _check_padding_value(padding_value)
         self.mean_offsets = nn.Parameter(torch.empty(heads, num_gaussians, device=device, dtype=dtype))
         self.c = nn.Parameter(torch.empty(heads, num_gaussians, device=device, dtype=dtype))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew: the offsets are constant, ``c`` = exp(N(0, 1))."""
@@ -85,7 +86,11 @@ class _DensityAttention(nn.Module):
         """
         if isinstance(self.eps, tuple):
             return self._forward_head_by_head(x, return_attention_details, mask, residual)
-        return self._attend(x, self.mean_offsets, self.c, self.eps, return_attention_details, mask, residual)
+        return self._attend(x, self._gaussians(), self.eps, return_attention_details, mask, residual)
+
+    def _gaussians(self) -> dict:
+        """The Gaussians of all heads, as :func:`daam_kernels.density_attention` takes them."""
+        return {"mean_offsets": self.mean_offsets, "c": self.c}
 
     def _forward_head_by_head(self, x, return_weights, mask, residual):
         axis = _check_axis(self.norm_axis, x)
@@ -98,20 +103,20 @@ class _DensityAttention(nn.Module):
         for head, eps in enumerate(self.eps):
             start = head * chunk
             length = x.shape[axis] - start if head == self.num_heads - 1 else chunk
-            mean_offsets, c = self.mean_offsets[head : head + 1], self.c[head : head + 1]
+            gaussians = self._gaussians()
+            gaussians |= {name: t[head : head + 1] for name, t in gaussians.items() if isinstance(t, Tensor)}
             part_mask = None if mask is None else mask.narrow(axis, start, length)
             part = x.narrow(axis, start, length)
-            parts.append(self._attend(part, mean_offsets, c, eps, return_weights, part_mask, residual))
+            parts.append(self._attend(part, gaussians, eps, return_weights, part_mask, residual))
         if return_weights:
             outputs, weights = zip(*parts)
             return torch.cat(outputs, axis), torch.cat(weights, axis)
         return torch.cat(parts, axis)
 
-    def _attend(self, x, mean_offsets, c, eps, return_weights, mask, residual):
+    def _attend(self, x, gaussians, eps, return_weights, mask, residual):
         return density_attention(
             x,
-            mean_offsets,
-            c,
+            **gaussians,
             norm_axis=self.norm_axis,
             padding_value=self.padding_value,
             mask=mask,
@@ -124,9 +129,8 @@ class _DensityAttention(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        shown = ["norm_axis", "num_heads", "num_gaussians", "padding_value", "eps"]
         defaults = {"mean_offset_init": 0, "padding_stats": "zero", "normalize": "clamp", "backend": "auto"}
-        shown += [name for name, default in defaults.items() if getattr(self, name) != default]
+        shown = [*self._SHOWN, *(name for name, default in defaults.items() if getattr(self, name) != default)]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
@@ -141,6 +145,44 @@ class _DensityAttention(nn.Module):
         May change ``state_dict``. What cannot be right, strict or not, is added to ``errors``.
         """
         raise NotImplementedError
+
+
+class _MultiHead(_DensityAttention):
+    """Many heads; the public packages hold each by itself in ``attention_heads``, under the same parameter names."""
+
+    def _parameter_names(self) -> tuple[str, ...]:
+        return _PARAMETERS
+
+    def upstream_state_dict(self) -> dict[str, Tensor]:
+        """The parameters as the public package's multi-head loads them: copies, detached, [num_gaussians] each."""
+        return {
+            f"{_HEADS}{head}.{name}": getattr(self, name).detach()[head].clone()
+            for head in range(self.num_heads)
+            for name in self._parameter_names()
+        }
+
+    def _own_state_dict(self, state_dict, prefix, errors):
+        heads = _head_tensors(state_dict, prefix, self._parameter_names())
+        count = 1 + max((head for tensors in heads.values() for head in tensors), default=-1)
+        if count and count != self.num_heads:
+            errors.append(
+                f"the checkpoint has {count} attention heads at {prefix + _HEADS + '*'!r}, "
+                f"and this module has num_heads={self.num_heads}"
+            )
+        absent = {}
+        for name, tensors in heads.items():
+            keys = {head: f"{prefix}{_HEADS}{head}.{name}" for head in range(max(count, self.num_heads))}
+            taken = [state_dict.pop(keys[head]) for head in sorted(tensors)]
+            absent[prefix + name] = [keys[head] for head in range(self.num_heads) if head not in tensors]
+            if count != self.num_heads:
+                absent[prefix + name] = []  # said above, better
+            elif len({t.shape for t in taken}) > 1:
+                absent[prefix + name] = []
+                shapes = ", ".join(str(list(t.shape)) for t in taken)
+                errors.append(f"the heads of {prefix + _HEADS + '*.' + name!r} must have one shape, got {shapes}")
+            elif not absent[prefix + name]:
+                state_dict[prefix + name] = torch.stack(taken)
+        return state_dict, absent
 
 
 class FusedDAAM(_DensityAttention):
@@ -184,6 +226,7 @@ class FusedDAAM(_DensityAttention):
             1, norm_axis, num_heads, num_gaussians, padding_value, mean_offset_init, _check_eps(eps, 0),
             padding_stats, normalize, backend, device, dtype,
         )  # fmt: skip
+        self.reset_parameters()
 
     def upstream_state_dict(self) -> dict[str, Tensor]:
         """The parameters as the public package's single head loads them: copies, detached, [num_gaussians]."""
@@ -196,7 +239,7 @@ class FusedDAAM(_DensityAttention):
         return state_dict, {}
 
 
-class FusedMultiHeadDAAM(_DensityAttention):
+class FusedMultiHeadDAAM(_MultiHead):
     """Density adaptive attention with many heads, each on its own chunk of ``norm_axis``, in one kernel.
 
     Drop-in for ``MultiHeadGaussianAdaptiveAttention`` of the public package, whose checkpoints ``load_state_dict``
@@ -236,37 +279,7 @@ class FusedMultiHeadDAAM(_DensityAttention):
             num_heads, norm_axis, num_heads, num_gaussians, padding_value, 0, eps,
             padding_stats, normalize, backend, device, dtype,
         )  # fmt: skip
-
-    def upstream_state_dict(self) -> dict[str, Tensor]:
-        """The parameters as the public package's multi-head loads them: copies, detached, [num_gaussians] each."""
-        return {
-            f"{_HEADS}{head}.{name}": getattr(self, name).detach()[head].clone()
-            for head in range(self.num_heads)
-            for name in _PARAMETERS
-        }
-
-    def _own_state_dict(self, state_dict, prefix, errors):
-        heads = _head_tensors(state_dict, prefix)
-        count = 1 + max((head for tensors in heads.values() for head in tensors), default=-1)
-        if count and count != self.num_heads:
-            errors.append(
-                f"the checkpoint has {count} attention heads at {prefix + _HEADS + '*'!r}, "
-                f"and this module has num_heads={self.num_heads}"
-            )
-        absent = {}
-        for name, tensors in heads.items():
-            keys = {head: f"{prefix}{_HEADS}{head}.{name}" for head in range(max(count, self.num_heads))}
-            taken = [state_dict.pop(keys[head]) for head in sorted(tensors)]
-            absent[prefix + name] = [keys[head] for head in range(self.num_heads) if head not in tensors]
-            if count != self.num_heads:
-                absent[prefix + name] = []  # said above, better
-            elif len({t.shape for t in taken}) > 1:
-                absent[prefix + name] = []
-                shapes = ", ".join(str(list(t.shape)) for t in taken)
-                errors.append(f"the heads of {prefix + _HEADS + '*.' + name!r} must have one shape, got {shapes}")
-            elif not absent[prefix + name]:
-                state_dict[prefix + name] = torch.stack(taken)
-        return state_dict, absent
+        self.reset_parameters()
 
 
 class FusedDensityBlock(nn.Module):
@@ -346,9 +359,9 @@ class FusedDensityBlock(nn.Module):
         }
 
 
-def _head_tensors(state_dict: dict, prefix: str) -> dict[str, dict[int, Tensor]]:
+def _head_tensors(state_dict: dict, prefix: str, names: Sequence[str]) -> dict[str, dict[int, Tensor]]:
     """The public package's tensors of a multi-head by parameter name and head, where ours are not there as well."""
-    found: dict[str, dict[int, Tensor]] = {name: {} for name in _PARAMETERS if prefix + name not in state_dict}
+    found: dict[str, dict[int, Tensor]] = {name: {} for name in names if prefix + name not in state_dict}
     for key, value in state_dict.items():
         if key.startswith(prefix + _HEADS):
             head, _, name = key[len(prefix + _HEADS) :].partition(".")
