@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .modules.daam import _DensityAttention
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -98,7 +100,6 @@ def collect(
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit must be None or an int of at least 1, got {limit!r}")
     axes = _check_axes(average_over)
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper renames everything inside
     listeners = [_Listener(name, module, axes) for name, module in _density_modules(model, modules)]
     if device is None:
         device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), None)
@@ -240,6 +241,7 @@ def plot_importance(
     image = axes.imshow(
         importance.repeat_interleave(16 if fine else 1, 0).numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto",
         origin="lower", extent=(0.5, features + 0.5, 0.5, layers + 0.5), interpolation="hanning" if fine else "nearest",
+        interpolation_stage="data",  # values are averaged, not colours
     )  # fmt: skip
     axes.set_yticks(*_readable_ticks(names))
     _count_from_one(axes.xaxis, features)
@@ -288,14 +290,14 @@ def plot_density(
 ) -> Figure:
     """The learned density of every head, its peak scaled to 1, and behind it the Gaussians it is made of.
 
-    The density is the product of the Gaussians, or, for a module with ``density = "mixture"``, their weighted sum;
+    The density is the product of the Gaussians, or, for a mixture such as ``FusedMultiHeadGAAM``, their weighted sum;
     source: arXiv 2401.11143, Algorithm 2, and the first generation of its code. Weights are normalised over a slice, so
     the height of a density has no meaning of its own. The band marks one standard deviation to either side of the mean.
 
     Args:
-        module: has parameters ``mean_offsets`` and ``c`` [num_heads, num_gaussians] and, for a mixture, ``weights``
-            of that shape (softmax gives the shares, unless its ``weights_softmax`` is False); or it contains such
-            modules, as a block does.
+        module: one of the package's with a product or a mixture; or one with parameters ``mean_offsets`` and ``c``
+            [num_heads, num_gaussians] and, for a mixture, ``weights`` of that shape (softmax gives the shares, unless
+            its ``weights_softmax`` is False); or one that contains such modules, as a block does.
         path: a PNG or SVG file to write, by its suffix; it appears when it is complete. None: none.
         rstd: one over the standard deviation of the slices. Offsets are in units of x, the picture's axis is in
             standard deviations; 1 is right where x is standardised.
@@ -453,7 +455,7 @@ class _Listener:
 
 def _density_modules(model: nn.Module, names: Sequence[str] | None) -> list[tuple[str, nn.Module]]:
     able = {
-        name: module
+        ".".join(part for part in name.split(".") if part != "_orig_mod"): module  # as it was before torch.compile
         for name, module in model.named_modules()
         if _DETAILS in inspect.signature(module.forward).parameters
     }
@@ -654,12 +656,22 @@ def _parts_with_gaussians(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return parts
 
 
+def _gaussians(part: nn.Module) -> dict[str, Any]:
+    """The Gaussians as density_attention takes them; of other classes by attribute, where weights make a mixture."""
+    if isinstance(part, _DensityAttention):
+        return part._gaussians()
+    names = ("mean_offsets", "c", "density", "weights", "weights_softmax")
+    found = {name: getattr(part, name) for name in names if hasattr(part, name)}
+    return {"density": "mixture" if "weights" in found else "product"} | found
+
+
 def _heads(name: str, part: nn.Module, rstd: float) -> list[_Head]:
     """The heads of one module; those of the public package, [num_gaussians], are one head each."""
-    density = getattr(part, "density", "product")
+    gaussians = _gaussians(part)
+    density, weights = gaussians.get("density", "product"), gaussians.get("weights")
     if density not in ("product", "mixture"):
         raise ValueError(f"density of {name or 'module'!r} must be 'product' or 'mixture' to be drawn, got {density!r}")
-    offsets, c = (torch.atleast_2d(t.detach().cpu().double()) for t in (part.mean_offsets, part.c))
+    offsets, c = (torch.atleast_2d(gaussians[each].detach().cpu().double()) for each in ("mean_offsets", "c"))
     if offsets.shape != c.shape or c.dim() != 2 or c.shape[1] != getattr(part, "num_gaussians", c.shape[1]):
         raise ValueError(
             f"mean_offsets and c of {name or 'module'!r} must have shape [num_heads, num_gaussians], "
@@ -667,11 +679,10 @@ def _heads(name: str, part: nn.Module, rstd: float) -> list[_Head]:
         )
     shares = [None] * len(c)
     if density == "mixture":
-        weights = getattr(part, "weights", None)
         if not isinstance(weights, Tensor):
             raise ValueError(f"weights of {name or 'module'!r}, a mixture, must be a tensor, got {weights!r}")
         weights = weights.detach().cpu().double().expand_as(c)
-        shares = weights.softmax(1) if getattr(part, "weights_softmax", True) else weights
+        shares = weights.softmax(1) if gaussians.get("weights_softmax", True) else weights
     heads = []
     for index, values in enumerate(zip(offsets * rstd, c.abs(), shares), 1):
         title = f"{name}, head {index}" if name else f"head {index}"

@@ -21,8 +21,16 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from daam_kernels import FusedDensityBlock, FusedMultiHeadDAAM, explain
+from daam_kernels.modules.gaam import FusedMultiHeadGAAM
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -110,6 +118,8 @@ def test_nan_is_where_there_are_no_data():
     assert close(explain.importance_factor(weights), expected)
     assert close(explain.layer_contribution(weights), torch.tensor([150.0, 400.0]).double() / 5.5)
     assert explain.importance_factor(torch.full((2, 3), math.nan)).isnan().all()
+    without_layer = torch.tensor([[1.0, 2.0], [math.nan, math.nan], [3.0, 0.0]])
+    assert close(explain.layer_contribution(without_layer), torch.tensor([50, math.nan, 50]).double())
     several = torch.stack([weights, torch.full((2, 3), math.nan)])
     assert close(explain.importance_factor(several), expected)
 
@@ -239,6 +249,7 @@ def test_padding_does_not_count(padding_stats):
     x = torch.randn(5, 12, 4, dtype=torch.float64)
     x[0, 9:], x[1, 4:], x[:, 11] = 0, 0, 0
     mask = torch.rand(5, 12, 1) < 0.8
+    mask[4] = True
     data = [{"x": x[:3], "mask": mask[:3]}, {"x": x[3:], "mask": mask[3:]}]
     collected = explain.collect(module, data, progress=False)["FusedMultiHeadDAAM"]
     _, weights = module(x, True, mask=mask)
@@ -387,19 +398,26 @@ def test_a_module_called_twice_counts_twice():
     assert close(collected, (first.mean(0) + module(y, True)[1].mean(0)) / 2)
 
 
-def test_collect_works_on_a_compiled_model():
-    model, data = classifier(), batches(3, 3)
-    expected = explain.collect(model, data, progress=False)["attention"]
+@pytest.mark.parametrize("compiled", ["model", "model in place", "attention", "attention in place", "part"])
+def test_collect_works_where_something_is_compiled(compiled):
+    model, data = Classifier(nn.Sequential(FusedMultiHeadDAAM(1, 2, 3))).double(), batches(3, 3)
+    expected = explain.collect(model, data, progress=False)["attention.0"]
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    compiled.eval()
+    if compiled == "model":
+        model = torch.compile(model, backend="eager")
+    elif compiled == "attention":
+        model.attention[0] = torch.compile(model.attention[0], backend="eager")
+    elif compiled == "part":
+        model.attention = torch.compile(model.attention, backend="eager")
+    elif compiled == "model in place":
+        model.compile(backend="eager")
+    else:
+        model.attention[0].compile(backend="eager")
+    model.eval()
     with torch.no_grad():
-        compiled(data[0])
-    collected = explain.collect(compiled, data, progress=False)
-    assert list(collected) == ["attention"] and close(collected["attention"], expected)
-    model.attention.compile(backend="eager")
-    model(data[0])
-    assert close(explain.collect(model, data, progress=False)["attention"], expected)
+        model(data[0])  # from here on it does not look at every hook that is new
+    collected = explain.collect(model, data, progress=False)
+    assert list(collected) == ["attention.0"] and close(collected["attention.0"], expected)
 
 
 def test_progress_is_a_bar_or_a_count_or_nothing(capsys, monkeypatch):
@@ -577,6 +595,17 @@ def test_layers_stay_apart_where_features_are_finer_than_pixels():
     assert len(column) > 100 and blended.sum() <= 0.05 * len(column)
 
 
+def test_no_feature_is_lost_between_pixels():
+    weights = torch.zeros(2, 5000)
+    weights[:, ::2] = 1
+    figure = explain.plot_importance(weights)
+    pixels, axes = rendered(figure).float() / 255, figure.axes[0]
+    x, y = axes.transData.transform((2500, 1))
+    low, middle, high = (torch.tensor(axes.images[0].cmap(value)) for value in (0.0, 0.5, 1.0))
+    row = pixels[-int(y), int(x) - 50 : int(x) + 50]
+    assert (row - middle).abs().amax() < 0.5 * min((low - middle).abs().amax(), (high - middle).abs().amax())
+
+
 def test_no_data_is_grey():
     weights = torch.rand(2, 5)
     weights[:, 4] = math.nan
@@ -663,6 +692,27 @@ def test_curves_of_a_mixture(softmax):
         assert torch.allclose(density, parts.sum(0) / peak, rtol=1e-9, atol=1e-12)
         assert t.max() >= 12  # the second head's Gaussian at 9 is in the picture, of both heads alike
     assert [text.get_text() for text in figure.legends[0].get_texts()][0] == "mixture"
+
+
+@pytest.mark.parametrize("learnable_weights", [True, torch.tensor([0.5, 0.2, 0.3])])
+def test_the_mixture_module_is_drawn_as_one(learnable_weights):
+    module = FusedMultiHeadGAAM(1, 2, 3, torch.tensor([0.5, 1.0, 2.0]), learnable_weights)
+    nn.init.normal_(module.mean_offsets)
+    shares = torch.ones(3) / 3 if learnable_weights is True else learnable_weights
+    for panel, mu in zip(explain.plot_density(module).axes, module.mean_offsets.detach().double()):
+        t, density, _ = drawn(panel)
+        mixture = sum(p * (-((t - m) ** 2) / (2 * s**2)).exp() for p, m, s in zip(shares, mu, (0.5, 1.0, 2.0)))
+        assert torch.allclose(density, mixture / mixture.max(), rtol=1e-6, atol=1e-9)
+    x = batches(3)[0]
+    collected = explain.collect(module, [x], progress=False)["FusedMultiHeadGAAM"]
+    assert close(collected, module(x, True)[1].mean(0))
+
+
+def test_first_generation_modules_are_known_by_their_weights():
+    stated = module_with([[-1.0, 0.5]], [[0.5, 1.0]], density="mixture", weights=torch.tensor([0.0, 1.0]))
+    public = module_with([-1.0, 0.5], [0.5, 1.0], weights=torch.tensor([0.0, 1.0]))
+    curves = [drawn(explain.plot_density(module).axes[0])[1] for module in (stated, public)]
+    assert torch.equal(*curves)
 
 
 def test_shares_of_a_mixture_may_be_one_for_all_heads():
