@@ -28,28 +28,27 @@ from .density_math import (
     find_valid,
     finish_weights,
     first_valid,
+    input_gradient,
     load_gaussians,
     load_statistics,
     load_tile,
     normaliser,
     partial_offsets,
     pick_first,
+    product_at_peak,
     product_quadratic,
     program_slices,
     reciprocal_sqrt,
+    relative_gradient,
     slice_number,
     slice_offsets,
     standardise,
+    store_rounded,
     tile_offsets,
     tile_statistics,
 )
 from .host import SIZES, arithmetic_type, device_of, prepare, run
-
-
-@triton.jit
-def relative_gradient(g_valid, gap, x0, deviation, g0):
-    """q = x0 (g - g0) + g (x - x0) of a tile; deviation is sqrt(var)."""
-    return (g_valid - g0[None, :]) * x0[None, :] + g_valid * gap * deviation[None, :]
+from .mixture_backward import mixture_backward
 
 
 @triton.jit
@@ -76,24 +75,9 @@ def from_mean(t0, u1_gap, u2_gap, peak):
 
 
 @triton.jit
-def input_gradient(
-    g, weights, gap, peak, through_z, through_z_mean, rstd, t0, u2, count, a, center, spread, valid,
-    PADDED: tl.constexpr, RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """dx of a tile: through x itself, through the slice's variance, through z and through the slice's mean.
-
-    The last two are -p z and its mean, times a / sqrt(var). They nearly cancel where most of a slice is one value, so
-    ``through_z`` comes without its mean where valid.
-    """
-    through_var = (a * u2 + spread * (2.0 * LN_2) * rstd * rstd * t0) * rstd / (tl.maximum(count, 2.0) - 1.0)
-    dx = g * weights + through_var[None, :] * (gap + (peak + center * rstd)[None, :])
-    if PADDED:
-        dx = tl.where(valid, dx, g)
-        through_z = tl.where(valid, through_z, through_z + through_z_mean[None, :])
-    dx -= through_z * (a * rstd)[None, :]
-    if RESIDUAL:
-        dx += g
-    return dx
+def through_variance(t0, u2, rstd, count, a, spread):
+    """What dx gets through the variance, over (x - mean) / sqrt(var)."""
+    return (a * u2 + spread * (2.0 * LN_2) * rstd * rstd * t0) * rstd / (tl.maximum(count, 2.0) - 1.0)
 
 
 @triton.jit
@@ -156,7 +140,8 @@ def backward_resident(
     if EXCLUDE:
         gap = tl.where(valid, gap, 0.0)
     densities = density(gap, peak, domain, a)
-    scale, clamped = normaliser(peak, tl.sum(densities, axis=0), rstd, a, spread, level, CLAMP)
+    log_peak = product_at_peak(peak, rstd, a, spread, level)
+    scale, clamped = normaliser(log_peak, tl.sum(densities, axis=0), CLAMP)
     weights = finish_weights(densities, scale, valid, count, EXCLUDE)
 
     # g0 is the weighted mean of g, so what q holds of x0 is what g varies by.
@@ -174,9 +159,9 @@ def backward_resident(
     pz = p * (gap + peak[None, :]) - mean_pz[None, :]
     if CLAMP:  # the mean that rounding left
         pz -= (tl.sum(tl.where(domain, pz, 0.0), axis=0) / members)[None, :]
-    dx = input_gradient(
-        g, weights, gap, peak, pz, mean_pz, rstd, t0, u2, count, a, center, spread, valid, PADDED, RESIDUAL
-    )
+    through_var = through_variance(t0, u2, rstd, count, a, spread)
+    standard = gap + (peak + center * rstd)[None, :]
+    dx = input_gradient(g, weights, standard, through_var, pz, mean_pz, a * rstd, valid, PADDED, RESIDUAL)
     at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)
     save_partials(partials_ptr, head, block, num_partials, t0, u1, u2, rstd, inside)
@@ -292,7 +277,7 @@ def merge_sums(
     s1, h1 = merge_moments(sums_ptr, 1, shift, there, at, field)
     s2, h2 = merge_moments(sums_ptr, 2, shift, there, at, field)
     s3, h3 = merge_moments(sums_ptr, 3, shift, there, at, field)
-    scale, clamped = normaliser(peak, s0, rstd, a, spread, level, CLAMP)
+    scale, clamped = normaliser(product_at_peak(peak, rstd, a, spread, level), s0, CLAMP)
 
     deviation = var * rstd
     q0 = x0 * h0 + deviation * (h1 + g0 * s1)
@@ -344,6 +329,7 @@ def split_gradient(
     if tl.program_id(1) == 0:
         save_partials(partials_ptr, head, block, num_partials, t0, u1, u2, rstd, inside)
     mean_pz = u1 / tl.maximum(count, 2.0)
+    through_var = through_variance(t0, u2, rstd, count, a, spread)
 
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for tile in range(tiles):
@@ -364,9 +350,8 @@ def split_gradient(
         q = relative_gradient(g_valid, gap, x0, var * rstd, g0)
         p = slice_gradient(q, q_mean, g_valid, x, weights, domain, count, clamped, CLAMP, PADDED, EXCLUDE)
         pz = p * (gap + peak[None, :]) - mean_pz[None, :]
-        dx = input_gradient(
-            g, weights, gap, peak, pz, mean_pz, rstd, t0, u2, count, a, center, spread, valid, PADDED, RESIDUAL
-        )
+        standard = gap + (peak + center * rstd)[None, :]
+        dx = input_gradient(g, weights, standard, through_var, pz, mean_pz, a * rstd, valid, PADDED, RESIDUAL)
         at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)
 
@@ -405,15 +390,6 @@ def parameter_gradients(
     store_rounded(d_c_ptr + k, d_width, real)
 
 
-@triton.jit
-def store_rounded(pointers, values, mask):
-    """Store float64 values in the pointers' type; to bfloat16 by way of float32, as every backend of Triton can."""
-    element_type: tl.constexpr = pointers.dtype.element_ty
-    if element_type == tl.bfloat16:
-        values = values.to(tl.float32)
-    tl.store(pointers, values.to(element_type), mask=mask)
-
-
 def density_backward(
     grad: Tensor,
     x: Tensor,
@@ -422,8 +398,14 @@ def density_backward(
     mask: Tensor | None,
     stats: Tensor | None,
     options: DensityOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dmean_offsets, dc); ``stats`` is what the forward pass saved, None where it saved nothing."""
+    log_shares: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """(dx, dmean_offsets, dc), and of a mixture dlog_shares.
+
+    ``stats`` is what the forward pass saved, None where it saved nothing.
+    """
+    if log_shares is not None:
+        return mixture_backward(grad, x, mean_offsets, c, log_shares, mask, options)
     mean_offsets, c = mean_offsets.contiguous(), c.contiguous()
     dx = torch.empty_like(x)
     gradients = torch.empty_like(mean_offsets), torch.empty_like(c)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..options import DensityOptions
 from .density_math import (
+    FAR,
     counted_values,
     density,
     find_peak,
@@ -24,9 +25,14 @@ from .density_math import (
     load_statistics,
     load_tile,
     merge_counts,
+    merge_mixture,
     merge_normaliser,
     merge_statistics,
+    mixture_at_peak,
+    mixture_density,
+    mixture_peak,
     normaliser,
+    product_at_peak,
     product_quadratic,
     program_slices,
     reciprocal_sqrt,
@@ -45,19 +51,17 @@ from .host import SIZES, arithmetic_type, device_of, prepare, run
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_resident(
-    x_ptr, y_ptr, weights_ptr, mask_ptr, stats_ptr, mean_offsets_ptr, c_ptr,
+    x_ptr, y_ptr, weights_ptr, mask_ptr, stats_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices,
     y_stride_o, y_stride_r, y_stride_i, x_stride_o, x_stride_r, x_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    CLAMP: tl.constexpr, EPS: tl.constexpr,
+    CLAMP: tl.constexpr, EPS: tl.constexpr, MIXTURE: tl.constexpr,
     RESIDUAL: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Reads x, writes y, the weights and 3 numbers per slice where asked for. One sweep."""
     head, _block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
-    offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
-    a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     y_base = slice_offsets(o, i, start, y_stride_o, y_stride_r, y_stride_i, COLUMNS, VEC)
     r = tl.arange(0, BLOCK_R)
@@ -76,14 +80,25 @@ def forward_resident(
     shifted = x - x0[None, :]
     count, mean, var = tile_statistics(shifted, x0, valid, domain, n, EPS, PADDED, EXCLUDE)
     rstd = reciprocal_sqrt(var)
-    z = standardise(shifted, mean, rstd, center)
-    peak = find_peak(z, domain)
-    if stats_ptr is not None:
-        number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
-        x_peak = value_at_peak(x, z, peak, domain, x0)
-        save_statistics(stats_ptr, x_peak, mean - (x_peak - x0), var, number, num_slices, inside)
-    weights = density(z - peak[None, :], peak, domain, a)
-    scale, _ = normaliser(peak, tl.sum(weights, axis=0), rstd, a, spread, level, CLAMP)
+    if MIXTURE:
+        gap = shifted * rstd[None, :]
+        top = mixture_peak(gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC)
+        weights = mixture_density(
+            gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
+        )
+        log_peak = mixture_at_peak(top, EPS)
+    else:
+        offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
+        a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
+        z = standardise(shifted, mean, rstd, center)
+        peak = find_peak(z, domain)
+        if stats_ptr is not None:
+            number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
+            x_peak = value_at_peak(x, z, peak, domain, x0)
+            save_statistics(stats_ptr, x_peak, mean - (x_peak - x0), var, number, num_slices, inside)
+        weights = density(z - peak[None, :], peak, domain, a)
+        log_peak = product_at_peak(peak, rstd, a, spread, level)
+    scale, _ = normaliser(log_peak, tl.sum(weights, axis=0), CLAMP)
     weights = finish_weights(weights, scale, valid, count, EXCLUDE)
 
     at = tile_offsets(y_base, r, y_stride_r, COLUMNS, VEC)
@@ -144,17 +159,19 @@ def split_statistics(
 
 @triton.jit(do_not_specialize=SIZES)
 def split_normaliser(
-    x_ptr, mask_ptr, moments_ptr, merged_ptr, partials_ptr, mean_offsets_ptr, c_ptr,
+    x_ptr, mask_ptr, moments_ptr, merged_ptr, partials_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, tiles,
     x_stride_o, x_stride_r, x_stride_i, mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    EPS: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
+    EPS: tl.constexpr, MIXTURE: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Reads x; writes the merged statistics, and (peak, x there, sum of densities over that one's) of each run."""
+    """Reads x; writes the merged statistics, and of each run (peak, x there, sum of densities over that one's), or of a
+    mixture (log2 of the largest term, sum of densities over it)."""
     head, _block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
-    offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
-    a, center, _spread, _level = product_quadratic(offset, width, real, EPS, ACC)
+    if not MIXTURE:
+        offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
+        a, center, _spread, _level = product_quadratic(offset, width, real, EPS, ACC)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     if PADDED:
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
@@ -166,6 +183,8 @@ def split_normaliser(
         save_statistics(merged_ptr, x0, mean, var, number, slices, inside)
 
     peak = tl.zeros([BLOCK_S], ACC)
+    if MIXTURE:
+        peak -= FAR
     x_peak = x0
     total = tl.zeros([BLOCK_S], ACC)
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
@@ -176,36 +195,51 @@ def split_normaliser(
         domain = within
         if EXCLUDE:
             domain = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
-        z = standardise(x - x0[None, :], mean, rstd, center)
         before = peak
-        found = find_peak(z, domain)
-        present = tl.max(domain.to(tl.int32), axis=0) > 0
-        nearer = present & ((total == 0.0) | (tl.abs(found) < tl.abs(before)))
-        peak = tl.where(nearer, found, before)
-        x_peak = tl.where(nearer, value_at_peak(x, z, found, domain, x0), x_peak)
-        kept = tl.where(total == 0.0, 0.0, total * rescale(before, peak, a))
-        total = kept + tl.sum(density(z - peak[None, :], peak, domain, a), axis=0)
+        if MIXTURE:
+            gap = (x - x0[None, :]) * rstd[None, :]
+            found = mixture_peak(
+                gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
+            )
+            peak = tl.maximum(before, found)
+            densities = mixture_density(
+                gap, mean, rstd, domain, peak, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
+            )
+            kept = total * tl.exp2(before - peak)
+        else:
+            z = standardise(x - x0[None, :], mean, rstd, center)
+            found = find_peak(z, domain)
+            present = tl.max(domain.to(tl.int32), axis=0) > 0
+            nearer = present & ((total == 0.0) | (tl.abs(found) < tl.abs(before)))
+            peak = tl.where(nearer, found, before)
+            x_peak = tl.where(nearer, value_at_peak(x, z, found, domain, x0), x_peak)
+            densities = density(z - peak[None, :], peak, domain, a)
+            kept = total * rescale(before, peak, a)
+        total = tl.where(total == 0.0, 0.0, kept) + tl.sum(densities, axis=0)
     at = partials_ptr + number + tl.program_id(1) * slices
+    field = slices * num_chunks
     tl.store(at, peak, mask=inside)
-    tl.store(at + slices * num_chunks, x_peak, mask=inside)
-    tl.store(at + 2 * slices * num_chunks, total, mask=inside)
+    if MIXTURE:
+        tl.store(at + field, total, mask=inside)
+    else:
+        tl.store(at + field, x_peak, mask=inside)
+        tl.store(at + 2 * field, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def split_output(
-    x_ptr, y_ptr, weights_ptr, mask_ptr, moments_ptr, merged_ptr, partials_ptr, stats_ptr, mean_offsets_ptr, c_ptr,
+    x_ptr, y_ptr, weights_ptr, mask_ptr, moments_ptr, merged_ptr, partials_ptr, stats_ptr,
+    mean_offsets_ptr, c_ptr, log_shares_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, tiles,
     y_stride_o, y_stride_r, y_stride_i, x_stride_o, x_stride_r, x_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    CLAMP: tl.constexpr, EPS: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr,
+    CLAMP: tl.constexpr, EPS: tl.constexpr, MIXTURE: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr,
     COLUMNS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads x, writes y, the weights and 3 numbers per slice where asked for."""
     head, _block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
-    offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
-    a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     y_base = slice_offsets(o, i, start, y_stride_o, y_stride_r, y_stride_i, COLUMNS, VEC)
     if PADDED:
@@ -217,11 +251,18 @@ def split_output(
     count = tl.zeros_like(x0)
     if EXCLUDE:
         count = merge_counts(moments_ptr, number, slices, num_chunks, inside, BLOCK_C)
-    peak, x_peak, total = merge_normaliser(partials_ptr, number, slices, num_chunks, inside, a, BLOCK_C)
-    scale, _ = normaliser(peak, total, rstd, a, spread, level, CLAMP)
-    if stats_ptr is not None:
-        if tl.program_id(1) == 0:
-            save_statistics(stats_ptr, x_peak, mean - (x_peak - x0), var, number, slices, inside)
+    if MIXTURE:
+        peak, total = merge_mixture(partials_ptr, number, slices, num_chunks, inside, BLOCK_C)
+        log_peak = mixture_at_peak(peak, EPS)
+    else:
+        offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
+        a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
+        peak, x_peak, total = merge_normaliser(partials_ptr, number, slices, num_chunks, inside, a, BLOCK_C)
+        log_peak = product_at_peak(peak, rstd, a, spread, level)
+        if stats_ptr is not None:
+            if tl.program_id(1) == 0:
+                save_statistics(stats_ptr, x_peak, mean - (x_peak - x0), var, number, slices, inside)
+    scale, _ = normaliser(log_peak, total, CLAMP)
 
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for t in range(tiles):
@@ -232,8 +273,15 @@ def split_output(
         if PADDED:
             valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
         domain = valid if EXCLUDE else within
-        gap = standardise(x - x0[None, :], mean, rstd, center) - peak[None, :]
-        weights = finish_weights(density(gap, peak, domain, a), scale, valid, count, EXCLUDE)
+        if MIXTURE:
+            densities = mixture_density(
+                (x - x0[None, :]) * rstd[None, :], mean, rstd, domain, peak,
+                mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC,
+            )  # fmt: skip
+        else:
+            gap = standardise(x - x0[None, :], mean, rstd, center) - peak[None, :]
+            densities = density(gap, peak, domain, a)
+        weights = finish_weights(densities, scale, valid, count, EXCLUDE)
         at = tile_offsets(y_base, r, y_stride_r, COLUMNS, VEC)
         y = weighted_output(x, weights, valid, PADDED, RESIDUAL)
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=within)
@@ -250,14 +298,18 @@ def density_forward(
     y: Tensor,
     weights: Tensor | None,
     stats: Tensor | None,
+    log_shares: Tensor | None = None,
 ) -> None:
-    """Fill y, and weights and stats where they are given; all of them as the operator allocates them."""
+    """Fill y, and weights and stats where they are given; all of them as the operator allocates them.
+
+    log_shares [heads, K]: natural logarithms of the shares of a mixture, which has no stats.
+    """
     if x.numel() == 0:
         return
     launch, (x,), mask = prepare(x, mean_offsets, mask, options, ("y", "x"), y)
     pointers = dict(
         x_ptr=x, y_ptr=y, weights_ptr=weights, mask_ptr=mask, stats_ptr=stats,
-        mean_offsets_ptr=mean_offsets.contiguous(), c_ptr=c.contiguous(),
+        mean_offsets_ptr=mean_offsets.contiguous(), c_ptr=c.contiguous(), log_shares_ptr=log_shares,
     )  # fmt: skip
     with device_of(x):
         if not launch.tile.num_chunks:

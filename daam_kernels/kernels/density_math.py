@@ -216,12 +216,72 @@ def rescale(before, after, a):
 
 
 @triton.jit
-def normaliser(peak, total, rstd, a, spread, level, CLAMP: tl.constexpr):
-    """(what a density is multiplied with to become a weight, whether the sum of the slice is below eps)."""
+def product_at_peak(peak, rstd, a, spread, level):
+    """log2 of the largest density over eps."""
+    return -(peak * peak * (a * (0.5 * LOG2_E)) + spread * rstd * rstd + level)
+
+
+@triton.jit
+def load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC: tl.constexpr):
+    """(offset, 1 / width^2, log2 of the share) of Gaussian k of the head's mixture."""
+    at = head.to(tl.int64) * num_gaussians + k
+    offset = tl.load(mean_offsets_ptr + at).to(ACC)
+    width = tl.load(c_ptr + at).to(ACC)
+    share = tl.load(log_shares_ptr + at).to(ACC) * LOG2_E
+    return offset, inverse_of(width * width), share
+
+
+@triton.jit
+def mixture_term(gap, from_x0, inverse, share):
+    """log2 of a Gaussian's density times its share; gap is (x - x0) / sqrt(var), and from_x0 the Gaussian's -gap.
+
+    The square of their sum is taken in two parts, so that what all elements have in common costs no digits.
+    """
+    half = inverse * (0.5 * LOG2_E)
+    return (share - from_x0 * from_x0 * half)[None, :] - gap * (gap + 2.0 * from_x0[None, :]) * half
+
+
+@triton.jit
+def mixture_peak(
+    gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC: tl.constexpr
+):
+    """The largest term of each slice's mixture, as log2; -FAR where there is none."""
+    top = tl.zeros_like(rstd) - FAR
+    for k in range(num_gaussians):
+        offset, inverse, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+        term = mixture_term(gap, -(mean + offset) * rstd, inverse, share)
+        top = tl.maximum(top, tl.max(tl.where(domain, term, -FAR), axis=0))
+    return top
+
+
+@triton.jit
+def mixture_density(
+    gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC: tl.constexpr
+):
+    """The densities over the slice's largest term, whose log2 is ``top``: K exponentials an element."""
+    densities = tl.zeros_like(gap)
+    for k in range(num_gaussians):
+        offset, inverse, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+        term = mixture_term(gap, -(mean + offset) * rstd, inverse, share)
+        densities += tl.exp2(term - top[None, :])
+    return tl.where(domain, densities, 0.0)
+
+
+@triton.jit
+def mixture_at_peak(top, EPS: tl.constexpr):
+    """log2 of the largest term over eps."""
+    return top - (tl.log(tl.full([], EPS, tl.float64)) * LOG2_E).to(top.dtype)
+
+
+@triton.jit
+def normaliser(log_peak, total, CLAMP: tl.constexpr):
+    """(what a density is multiplied with to become a weight, whether the sum of the slice is below eps).
+
+    Densities and their sum are over a peak, of which ``log_peak`` is the log2 over eps.
+    """
     scale = 1.0 / total
     clamped = total < 0.0
     if CLAMP:
-        log_peak = -(peak * peak * (a * (0.5 * LOG2_E)) + spread * rstd * rstd + level)
         clamped = log_peak + tl.log2(total) < 0.0
         scale = tl.where(clamped, tl.exp2(log_peak), scale)
     return scale, clamped
@@ -313,6 +373,16 @@ def merge_statistics(partials_ptr, number, num_slices, num_chunks, inside, EPS: 
 
 
 @triton.jit
+def merge_mixture(partials_ptr, number, num_slices, num_chunks, inside, BLOCK_C: tl.constexpr):
+    """(log2 of the largest term, sum of densities over it) of whole slices from those of their runs."""
+    at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
+    tops = tl.load(partials_ptr + at, mask=there, other=-FAR)
+    totals = tl.load(partials_ptr + num_slices * num_chunks + at, mask=there, other=0.0)
+    top = tl.max(tops, axis=0)
+    return top, tl.sum(tl.where(totals != 0.0, totals * tl.exp2(tops - top[None, :]), 0.0), axis=0)
+
+
+@triton.jit
 def merge_normaliser(partials_ptr, number, num_slices, num_chunks, inside, a, BLOCK_C: tl.constexpr):
     """(peak, x there, sum of densities over the one there) of whole slices from those of their runs."""
     at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
@@ -324,3 +394,38 @@ def merge_normaliser(partials_ptr, number, num_slices, num_chunks, inside, a, BL
     peak = find_peak(peaks, present)
     x_peak = pick_first(x_peaks, present & (peaks == peak[None, :]), BLOCK_C)
     return peak, x_peak, tl.sum(tl.where(present, totals * rescale(peaks, peak[None, :], a), 0.0), axis=0)
+
+
+@triton.jit
+def relative_gradient(g_valid, gap, x0, deviation, g0):
+    """q = x0 (g - g0) + g (x - x0) of a tile; deviation is sqrt(var)."""
+    return (g_valid - g0[None, :]) * x0[None, :] + g_valid * gap * deviation[None, :]
+
+
+@triton.jit
+def input_gradient(
+    g, weights, standard, through_var, through_z, through_z_mean, slope, valid,
+    PADDED: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """dx of a tile: through x itself, through the slice's variance, through z and through the slice's mean.
+
+    ``standard`` is (x - mean) / sqrt(var). The last two are -p z and its mean, times ``slope``. They nearly cancel
+    where most of a slice is one value, so ``through_z`` comes without its mean where valid.
+    """
+    dx = g * weights + through_var[None, :] * standard
+    if PADDED:
+        dx = tl.where(valid, dx, g)
+        through_z = tl.where(valid, through_z, through_z + through_z_mean[None, :])
+    dx -= through_z * slope[None, :]
+    if RESIDUAL:
+        dx += g
+    return dx
+
+
+@triton.jit
+def store_rounded(pointers, values, mask):
+    """Store float64 values in the pointers' type; to bfloat16 by way of float32, as every backend of Triton can."""
+    element_type: tl.constexpr = pointers.dtype.element_ty
+    if element_type == tl.bfloat16:
+        values = values.to(tl.float32)
+    tl.store(pointers, values.to(element_type), mask=mask)

@@ -77,6 +77,7 @@ def _launch(
         "PADDED": padded,
         "EXCLUDE": padded and options.padding_stats == "exclude",
         "CLAMP": options.normalize == "clamp",
+        "MIXTURE": options.density == "mixture",
         "RESIDUAL": options.residual,
         "EPS": options.eps,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,

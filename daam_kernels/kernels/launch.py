@@ -95,6 +95,9 @@ def density_launch(
     view = replace(view, strides=view.strides[: len(names)])
     tile = density_tile(view, num_heads, itemsize, "g" in names, flags["PADDED"])
     chunk, vec = view.length // num_heads, tile.vec
+    num_partials = tile.num_blocks
+    if flags["MIXTURE"]:  # a tile each
+        num_partials *= max(1, tile.num_chunks) * tile.tiles
     values = {
         "outer": view.outer,
         "chunk": chunk if tile.columns else chunk // vec,
@@ -104,7 +107,7 @@ def density_launch(
         "num_gaussians": num_gaussians,
         "num_slices": view.outer * num_heads * view.inner,
         "num_chunks": tile.num_chunks,
-        "num_partials": tile.num_blocks,
+        "num_partials": num_partials,
         "tiles": tile.tiles,
         "COLUMNS": tile.columns,
         "VEC": vec,
@@ -112,7 +115,7 @@ def density_launch(
         "BLOCK_S": tile.block_s,
         "BLOCK_K": _power_of_two(num_gaussians),
         "BLOCK_C": _power_of_two(tile.num_chunks or 1),
-        "BLOCK_P": min(_REDUCTION, _power_of_two(tile.num_blocks)),
+        "BLOCK_P": min(_REDUCTION, _power_of_two(num_partials)),
         **flags,
     }
     for name, (o, r, i) in zip(names, view.strides):

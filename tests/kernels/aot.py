@@ -41,15 +41,20 @@ class Case:
     aligned: bool = True
     mask: bool = False
     weights: bool = False
+    density: str = "product"
     options: dict = field(default_factory=dict)
 
 
-# Every kernel, along rows and in columns: compiled for every type and target.
+# Every kernel, along rows and in columns: compiled for float32 and bfloat16 on every target, for the others on sm_90.
 CORE = {
     "rows": Case((64, 2048), 1, 8),
     "columns": Case((4, 2048, 512), 1, 8, gaussians=64),
     "split rows": Case((1, 1 << 20), 1, 1, weights=True),
     "split columns": Case((2, 16384, 64), 1, 1),
+    "mixture in rows": Case((64, 2048), 1, 8, density="mixture"),
+    "mixture in columns": Case((4, 2048, 512), 1, 8, density="mixture", gaussians=64),
+    "mixture in split rows": Case((1, 1 << 20), 1, 1, density="mixture", weights=True),
+    "mixture in split columns": Case((2, 16384, 64), 1, 1, density="mixture"),
 }
 # What else changes the code: compiled for float32 and bfloat16 on sm_90.
 MORE = {
@@ -63,13 +68,24 @@ MORE = {
     "masked": Case((4, 512, 512), 1, 4, mask=True, options={"padding_stats": "exclude"}),
     "split and masked": Case((1, 1 << 18), 1, 2, mask=True, options={"padding_stats": "exclude", "padding_value": 1.0}),
     "softmax and residual": Case((16, 2048), 1, 2, options={"normalize": "softmax", "residual": True}),
+    "mixture in odd rows": Case((64, 333), 1, 3, density="mixture", aligned=False),
+    "mixture in short columns": Case((8, 24, 1024), 1, 8, density="mixture"),
+    "mixture, masked": Case((4, 512, 512), 1, 4, mask=True, density="mixture", options={"padding_stats": "exclude"}),
+    "mixture, split and masked": Case(
+        (1, 1 << 18), 1, 2, mask=True, density="mixture", options={"padding_stats": "exclude", "padding_value": 1.0}
+    ),
 }
 CASES = {**CORE, **MORE}
-JOBS = [(name, dtype, target) for name in CORE for dtype in DTYPES for target in TARGETS]
-JOBS += [(name, dtype, "sm_90") for name in MORE for dtype in ("fp32", "bf16")]
+USUAL = "fp32", "bf16"
+CORE_JOBS = [(name, dtype, target) for name in CORE for dtype in USUAL for target in TARGETS]
+CORE_JOBS += [(name, dtype, "sm_90") for name in CORE for dtype in DTYPES if dtype not in USUAL]
+JOBS = CORE_JOBS + [(name, dtype, "sm_90") for name in MORE for dtype in USUAL]
 
-READERS = {"split_statistics", "split_normaliser", "split_sums"}
-WRITERS = {"forward_resident", "split_output", "backward_resident", "split_gradient"}
+READERS = {"split_statistics", "split_normaliser", "split_sums", "mixture_split_sums"}
+WRITERS = {
+    *("forward_resident", "split_output", "backward_resident", "split_gradient"),
+    *("mixture_backward_resident", "mixture_split_gradient"),
+}
 
 
 def faults(name: str, target: str, kernel: dict) -> list[str]:
@@ -135,9 +151,10 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
     from triton.runtime.jit import JITFunction
 
     from daam_kernels import options
-    from daam_kernels.kernels import density_backward, density_forward, host, launch
+    from daam_kernels.kernels import density_backward, density_forward, host, launch, mixture_backward
 
-    jitted = [f for m in (density_forward, density_backward) for f in vars(m).values() if isinstance(f, JITFunction)]
+    modules = density_forward, density_backward, mixture_backward
+    jitted = [f for m in modules for f in vars(m).values() if isinstance(f, JITFunction)]
     for function in jitted:
         function.device_caches.clear()
     launch.LIMIT_REGISTERS = TARGETS[target][0] == "cuda"
@@ -147,16 +164,17 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
     parameters = torch.ones(case.heads, case.gaussians), torch.ones(case.heads, case.gaussians)
     mask = torch.ones(case.shape, dtype=torch.bool) if case.mask else None
     defaults = dict(padding_value=None, padding_stats="zero", normalize="clamp", eps=1e-8, residual=False)
-    chosen = options.DensityOptions(case.axis, **{**defaults, **case.options})
+    chosen = options.DensityOptions(case.axis, **{**defaults, **case.options}, density=case.density)
+    log_shares = torch.zeros_like(parameters[0]) if case.density == "mixture" else None
     chunk = case.shape[case.axis] // case.heads
     stats = None
-    if chunk >= 64:
+    if chunk >= 64 and log_shares is None:
         arithmetic = torch.float64 if dtype == "fp64" else torch.float32
         stats = torch.empty((3, x.numel() // case.shape[case.axis] * case.heads), dtype=arithmetic)
     with RecordingDriver(TARGETS[target]) as driver:
         weights = torch.empty_like(x) if case.weights else None
-        density_forward.density_forward(x, *parameters, mask, chosen, torch.empty_like(x), weights, stats)
-        density_backward.density_backward(torch.empty_like(x), x, *parameters, mask, stats, chosen)
+        density_forward.density_forward(x, *parameters, mask, chosen, torch.empty_like(x), weights, stats, log_shares)
+        density_backward.density_backward(torch.empty_like(x), x, *parameters, mask, stats, chosen, log_shares)
     compiled = {}
     for function in jitted:
         for cache in function.device_caches.values():
@@ -211,14 +229,17 @@ def compile_all(jobs: list[tuple[str, str, str]], workers: int) -> dict[tuple[st
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--core", action="store_true", help="leave out the cases that change the code only a little")
     parser.add_argument("--types", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--json", type=pathlib.Path, help="write the statistics of every kernel to this file")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported, here and in the workers
     import triton
 
-    jobs = [job for job in JOBS if job[1] in arguments.types]
+    jobs = CORE_JOBS if arguments.core else JOBS
+    jobs = [job for job in jobs if job[1] in arguments.types and job[2] in arguments.targets]
     compiled = compile_all(jobs, arguments.workers)
     bad = 0
     for (name, dtype, target), kernels in compiled.items():

@@ -11,33 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if not daam_kernels.available_backends()["triton"]:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from daam_kernels.kernels import density_backward, density_forward, host, launch
+from daam_kernels.kernels import density_backward, density_forward, host
 
 DEVICE = device_of("triton")
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Tiles so small that short slices are split over blocks, each with several tiles."""
-    monkeypatch.setattr(launch, "BUDGET", launch.Budget(64, 64, 64, 64, split=64, usual=64, merged=64))
-    monkeypatch.setattr(launch, "_PROGRAMS", 2)
-    host._launch.cache_clear()
-    yield
-    host._launch.cache_clear()
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The names of the kernels launched so far."""
-    names = []
-    for module in (density_forward, density_backward):
-
-        def run(kernel, *args, original=module.run, **kwargs):
-            names.append(kernel.fn.__name__)
-            original(kernel, *args, **kwargs)
-
-        monkeypatch.setattr(module, "run", run)
-    return names
 
 
 class OnlyAllocations(TorchDispatchMode):

@@ -11,7 +11,7 @@ from daam_kernels.kernels import launch
 from daam_kernels.kernels.launch import density_launch, density_tile
 from daam_kernels.slices import slice_view
 
-FLAGS = {"PADDED": False}
+FLAGS = {"PADDED": False, "MIXTURE": False}
 
 
 def view_of(outer, length, inner):
@@ -139,3 +139,15 @@ def test_every_dense_layout_has_a_view(shape, data):
     x = torch.empty([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
     view = slice_view(x.shape, axis, x.stride(), x.stride())
     assert view is not None and view.length == shape[axis] and view.outer * view.inner * view.length == prod(shape)
+
+
+@pytest.mark.parametrize("shape", [(64, 2048, 8), (1, 1 << 20, 1), (4, 65536, 64)], ids=str)
+def test_every_tile_of_a_mixture_has_partial_sums_of_its_own(shape):
+    one, many = (
+        density_launch(view_of(*shape), ("dx", "x"), 1, 4, 4, dict(FLAGS, MIXTURE=mixture)) for mixture in (False, True)
+    )
+    tile = many.tile
+    assert one.tile == tile
+    assert one.values["num_partials"] == tile.num_blocks
+    assert many.values["num_partials"] == tile.num_blocks * max(1, tile.num_chunks) * tile.tiles
+    assert many.values["BLOCK_P"] >= min(launch._REDUCTION, many.values["num_partials"])

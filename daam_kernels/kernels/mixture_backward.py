@@ -1,0 +1,425 @@
+"""The backward pass of density attention with a mixture of Gaussians.
+
+With m_jk the density of element j under Gaussian k times its share, w_j = sum_k m_jk / S the weights, q_j = valid_j g_j
+x_j the gradient of w_j, D = sum w q (0 where the clamp is active) and h_j = (q_j - D) / S, everything follows from the
+products m_jk h_j: their sums, times e_jk / c_k^2 and times e_jk^2 / c_k^2, e_jk being the distance from Gaussian k in
+standard deviations. As for the product (see density_backward.py) x is seen from an element of its slice, so that q - D
+does not cancel where g is nearly constant and x has an offset.
+
+``mixture_backward_resident`` reads x and the incoming gradient once and writes dx once, for slices that fit one block.
+Longer ones are swept four times: the forward's ``split_statistics`` and ``split_normaliser`` read x, then
+``mixture_split_sums`` and ``mixture_split_gradient`` read both. Every tile writes three sums per Gaussian for the
+parameter gradients, which ``mixture_parameter_gradients`` adds in a fixed order: the same bits from run to run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..options import DensityOptions
+from .density_forward import split_normaliser, split_statistics
+from .density_math import (
+    FAR,
+    find_valid,
+    finish_weights,
+    first_valid,
+    input_gradient,
+    load_gaussian,
+    load_statistics,
+    load_tile,
+    merge_mixture,
+    mixture_at_peak,
+    mixture_density,
+    mixture_peak,
+    mixture_term,
+    normaliser,
+    partial_offsets,
+    pick_first,
+    program_slices,
+    reciprocal_sqrt,
+    relative_gradient,
+    slice_number,
+    slice_offsets,
+    store_rounded,
+    tile_offsets,
+    tile_statistics,
+)
+from .host import SIZES, arithmetic_type, device_of, prepare, run
+
+
+@triton.jit
+def gaussian_part(
+    gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC: tl.constexpr
+):
+    """Of one Gaussian: (its part of the densities over the slice's largest term, e, 1 / c^2)."""
+    offset, inverse, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+    from_x0 = -(mean + offset) * rstd
+    term = mixture_term(gap, from_x0, inverse, share)
+    return tl.where(domain, tl.exp2(term - top[None, :]), 0.0), gap + from_x0[None, :], inverse
+
+
+@triton.jit
+def centred_gradient(
+    q, q_mean, g_valid, x, scale, domain, count, clamped, CLAMP: tl.constexpr, EXCLUDE: tl.constexpr
+):  # fmt: skip
+    """h of a tile; ``q_mean`` is the weighted mean of q."""
+    h = q - q_mean[None, :]
+    if CLAMP:
+        h = tl.where(clamped[None, :], g_valid * x, h)
+    h = tl.where(domain, h * scale[None, :], 0.0)
+    if EXCLUDE:
+        h = tl.where((count < 2.0)[None, :], 0.0, h)
+    return h
+
+
+@triton.jit
+def slopes(
+    gap, mean, rstd, h, domain, top, inside, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
+    head, partial, num_gaussians, num_partials, ACC: tl.constexpr,
+):  # fmt: skip
+    """(sum_k m_jk h_j e_jk / c_k^2 of a tile, its sum over the tile, that of the same times e_jk).
+
+    Saves the sums over the tile that the gradients of the Gaussians need, at [head, k, 3, partial].
+    """
+    slope = tl.zeros_like(gap)
+    first = tl.zeros_like(rstd)
+    second = tl.zeros_like(rstd)
+    at = partials_ptr + head.to(tl.int64) * num_gaussians * 3 * num_partials + partial
+    for k in range(num_gaussians):
+        part, e, inverse = gaussian_part(
+            gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC
+        )
+        share = part * h
+        by_e = share * e * inverse
+        slope += by_e
+        sum_e = tl.sum(by_e, axis=0)
+        sum_ee = tl.sum(by_e * e, axis=0)
+        first += sum_e
+        second += sum_ee
+        tl.store(at, tl.sum(tl.where(inside, tl.sum(share, axis=0), 0.0), axis=0))
+        tl.store(at + num_partials, tl.sum(tl.where(inside, sum_e * rstd, 0.0), axis=0))
+        tl.store(at + 2 * num_partials, tl.sum(tl.where(inside, sum_ee, 0.0), axis=0))
+        at += 3 * num_partials
+    return slope, first, second
+
+
+@triton.jit(do_not_specialize=SIZES)
+def mixture_backward_resident(
+    x_ptr, g_ptr, dx_ptr, mask_ptr, partials_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
+    outer, chunk, length, inner, num_heads, num_gaussians, num_partials,
+    dx_stride_o, dx_stride_r, dx_stride_i, x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
+    mask_stride_o, mask_stride_r, mask_stride_i,
+    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
+    CLAMP: tl.constexpr, EPS: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr,
+    COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Reads x and g, writes dx, and three sums per Gaussian and block. One sweep."""
+    head, block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
+    r = tl.arange(0, BLOCK_R)
+    within = (r < n)[:, None] & inside[None, :]
+    x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
+    g_base = slice_offsets(o, i, start, g_stride_o, g_stride_r, g_stride_i, COLUMNS, VEC)
+    dx_base = slice_offsets(o, i, start, dx_stride_o, dx_stride_r, dx_stride_i, COLUMNS, VEC)
+    x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
+    g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
+    valid = within
+    g_valid = g
+    if PADDED:
+        mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
+        valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
+        g_valid = tl.where(valid, g, 0.0)
+        x0 = first_valid(x_ptr, x_base, valid, r, x_stride_r, BLOCK_R, COLUMNS, VEC).to(ACC)
+    else:
+        x0 = tl.load(x_ptr + x_base, mask=inside, other=0.0).to(ACC)
+    domain = valid if EXCLUDE else within
+    shifted = x - x0[None, :]
+    count, mean, var = tile_statistics(shifted, x0, valid, domain, n, EPS, PADDED, EXCLUDE)
+    rstd = reciprocal_sqrt(var)
+    gap = shifted * rstd[None, :]
+    if EXCLUDE:
+        gap = tl.where(valid, gap, 0.0)
+    top = mixture_peak(gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC)
+    densities = mixture_density(
+        gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
+    )
+    scale, clamped = normaliser(mixture_at_peak(top, EPS), tl.sum(densities, axis=0), CLAMP)
+    weights = finish_weights(densities, scale, valid, count, EXCLUDE)
+
+    # Seen from the element of largest density, and from the weighted mean of g: q is 0 where all the weight may be.
+    largest = domain & (densities == tl.max(densities, axis=0)[None, :])
+    x_largest = tl.max(tl.where(largest, x, -FAR), axis=0)
+    from_largest = tl.where(domain, x - x_largest[None, :], 0.0)
+    g0 = tl.sum(weights * g_valid, axis=0)
+    q = (g_valid - g0[None, :]) * x_largest[None, :] + g_valid * from_largest
+    q_mean = tl.sum(weights * q, axis=0)
+    h = centred_gradient(q, q_mean, g_valid, x, scale, domain, count, clamped, CLAMP, EXCLUDE)
+    slope, first, second = slopes(
+        gap, mean, rstd, h, domain, top, inside, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
+        head, block, num_gaussians, num_partials, ACC,
+    )  # fmt: skip
+
+    members = tl.maximum(count, 2.0)
+    mean_slope = first / members
+    left = tl.where(domain, slope - mean_slope[None, :], 0.0)
+    mean_slope += tl.sum(left, axis=0) / members  # what rounding left
+    standard = gap - (mean * rstd)[None, :]
+    dx = input_gradient(
+        g, weights, standard, second * rstd / (members - 1.0), slope - mean_slope[None, :], mean_slope, rstd, valid,
+        PADDED, RESIDUAL,
+    )  # fmt: skip
+    at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def mixture_split_sums(
+    x_ptr, g_ptr, mask_ptr, merged_ptr, tops_ptr, sums_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
+    outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, tiles,
+    x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
+    mask_stride_o, mask_stride_r, mask_stride_i,
+    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
+    ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Reads x and g; writes what ``merge_mixture_sums`` needs of each run: 8 numbers, [8, chunks, slices]."""
+    head, _block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
+    x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
+    g_base = slice_offsets(o, i, start, g_stride_o, g_stride_r, g_stride_i, COLUMNS, VEC)
+    if PADDED:
+        mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
+    number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
+    slices = num_slices.to(tl.int64)
+    x0, mean, var = load_statistics(merged_ptr, number, slices, inside)
+    rstd = reciprocal_sqrt(var)
+    top, _total = merge_mixture(tops_ptr, number, slices, num_chunks, inside, BLOCK_C)
+
+    count = tl.zeros([BLOCK_S], ACC)
+    seen = tl.zeros([BLOCK_S], ACC)
+    g0 = tl.zeros([BLOCK_S], ACC)
+    s0 = tl.zeros([BLOCK_S], ACC)
+    s1 = tl.zeros([BLOCK_S], ACC)
+    s2 = tl.zeros([BLOCK_S], ACC)
+    q0 = tl.zeros([BLOCK_S], ACC)
+    q1 = tl.zeros([BLOCK_S], ACC)
+    q2 = tl.zeros([BLOCK_S], ACC)
+    first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
+    for tile in range(tiles):
+        r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        within = (r < n)[:, None] & inside[None, :]
+        x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
+        g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
+        valid = within
+        if PADDED:
+            valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
+            g = tl.where(valid, g, 0.0)
+        domain = valid if EXCLUDE else within
+        gap = (x - x0[None, :]) * rstd[None, :]
+        if EXCLUDE:
+            gap = tl.where(valid, gap, 0.0)
+        # g0 is the run's first valid g. Until there is one g is 0, and the sums of q become those seen from g0.
+        found = tl.where(seen == 0.0, first_valid(g_ptr, g_base, valid, r, g_stride_r, BLOCK_R, COLUMNS, VEC), g0)
+        step = (g0 - found.to(ACC)) * x0
+        g0 = found.to(ACC)
+        seen += tl.sum(valid.to(ACC), axis=0)
+        count += tl.sum(domain.to(ACC), axis=0)
+
+        by_one = tl.zeros_like(gap)
+        by_e = tl.zeros_like(gap)
+        by_ee = tl.zeros_like(gap)
+        for k in range(num_gaussians):
+            part, e, inverse = gaussian_part(
+                gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC
+            )
+            by_one += part
+            part *= e * inverse
+            by_e += part
+            by_ee += part * e
+        q = relative_gradient(g, gap, x0, var * rstd, g0)
+        q0 += step * s0 + tl.sum(by_one * q, axis=0)
+        q1 += step * s1 + tl.sum(by_e * q, axis=0)
+        q2 += step * s2 + tl.sum(by_ee * q, axis=0)
+        s0 += tl.sum(by_one, axis=0)
+        s1 += tl.sum(by_e, axis=0)
+        s2 += tl.sum(by_ee, axis=0)
+    at = sums_ptr + number + tl.program_id(1) * slices
+    field = slices * num_chunks
+    tl.store(at, count, mask=inside)
+    tl.store(at + field, g0, mask=inside)
+    tl.store(at + 2 * field, s0, mask=inside)
+    tl.store(at + 3 * field, s1, mask=inside)
+    tl.store(at + 4 * field, s2, mask=inside)
+    tl.store(at + 5 * field, q0, mask=inside)
+    tl.store(at + 6 * field, q1, mask=inside)
+    tl.store(at + 7 * field, q2, mask=inside)
+
+
+@triton.jit
+def merge_power(sums_ptr, power, step, there, at, field):
+    """Sums over a slice of m e^power and of m e^power q, from its runs', whose q is off by ``step``."""
+    s = tl.load(sums_ptr + (2 + power) * field + at, mask=there, other=0.0)
+    q = tl.load(sums_ptr + (5 + power) * field + at, mask=there, other=0.0)
+    return tl.sum(s, axis=0), tl.sum(q + s * step, axis=0)
+
+
+@triton.jit
+def merge_mixture_sums(
+    sums_ptr, number, num_slices, num_chunks, inside, x0, top,
+    CLAMP: tl.constexpr, EXCLUDE: tl.constexpr, EPS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Whole slices from the sums of their runs.
+
+    Returns (elements counted, factor from density to weight, clamped, g0, weighted mean of q, and the sums of the
+    slopes and of the slopes times e).
+    """
+    at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
+    field = num_slices * num_chunks
+    count = tl.sum(tl.load(sums_ptr + at, mask=there, other=0.0), axis=0)
+    g0s = tl.load(sums_ptr + field + at, mask=there, other=0.0)
+    g0 = pick_first(g0s, g0s != 0.0, BLOCK_C)
+    step = (g0s - g0[None, :]) * x0[None, :]
+    s0, q0 = merge_power(sums_ptr, 0, step, there, at, field)
+    s1, q1 = merge_power(sums_ptr, 1, step, there, at, field)
+    s2, q2 = merge_power(sums_ptr, 2, step, there, at, field)
+    scale, clamped = normaliser(mixture_at_peak(top, EPS), s0, CLAMP)
+    q_mean = q0 / s0
+    away = q_mean
+    if CLAMP:
+        away = tl.where(clamped, -g0 * x0, away)  # q itself, and not q from its mean
+    first = (q1 - away * s1) * scale
+    second = (q2 - away * s2) * scale
+    if EXCLUDE:
+        first = tl.where(count < 2.0, 0.0, first)
+        second = tl.where(count < 2.0, 0.0, second)
+    return count, scale, clamped, g0, q_mean, first, second
+
+
+@triton.jit(do_not_specialize=SIZES)
+def mixture_split_gradient(
+    x_ptr, g_ptr, dx_ptr, mask_ptr, merged_ptr, tops_ptr, sums_ptr, partials_ptr,
+    mean_offsets_ptr, c_ptr, log_shares_ptr,
+    outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, num_partials, tiles,
+    dx_stride_o, dx_stride_r, dx_stride_i, x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
+    mask_stride_o, mask_stride_r, mask_stride_i,
+    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
+    CLAMP: tl.constexpr, EPS: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Reads x and g, writes dx, and three sums per Gaussian and tile."""
+    head, block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
+    x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
+    g_base = slice_offsets(o, i, start, g_stride_o, g_stride_r, g_stride_i, COLUMNS, VEC)
+    dx_base = slice_offsets(o, i, start, dx_stride_o, dx_stride_r, dx_stride_i, COLUMNS, VEC)
+    if PADDED:
+        mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
+    number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
+    slices = num_slices.to(tl.int64)
+    x0, mean, var = load_statistics(merged_ptr, number, slices, inside)
+    rstd = reciprocal_sqrt(var)
+    top, _total = merge_mixture(tops_ptr, number, slices, num_chunks, inside, BLOCK_C)
+    count, scale, clamped, g0, q_mean, sum_slopes, sum_e = merge_mixture_sums(
+        sums_ptr, number, slices, num_chunks, inside, x0, top, CLAMP, EXCLUDE, EPS, BLOCK_C
+    )
+    members = tl.maximum(count, 2.0)
+    mean_slope = sum_slopes / members
+    through_var = sum_e * rstd / (members - 1.0)
+
+    run_of_tiles = (block * num_chunks + tl.program_id(1)) * tiles
+    first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
+    for tile in range(tiles):
+        r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        within = (r < n)[:, None] & inside[None, :]
+        x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
+        g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
+        valid = within
+        g_valid = g
+        if PADDED:
+            valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
+            g_valid = tl.where(valid, g, 0.0)
+        domain = valid if EXCLUDE else within
+        gap = (x - x0[None, :]) * rstd[None, :]
+        if EXCLUDE:
+            gap = tl.where(valid, gap, 0.0)
+        q = relative_gradient(g_valid, gap, x0, var * rstd, g0)
+        h = centred_gradient(q, q_mean, g_valid, x, scale, domain, count, clamped, CLAMP, EXCLUDE)
+        slope, _first, _second = slopes(
+            gap, mean, rstd, h, domain, top, inside, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
+            head, run_of_tiles + tile, num_gaussians, num_partials, ACC,
+        )  # fmt: skip
+        densities = mixture_density(
+            gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
+        )
+        weights = finish_weights(densities, scale, valid, count, EXCLUDE)
+        standard = gap - (mean * rstd)[None, :]
+        dx = input_gradient(
+            g, weights, standard, through_var, slope - mean_slope[None, :], mean_slope, rstd, valid, PADDED, RESIDUAL
+        )
+        at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def add_partials(at, num_partials, BLOCK_P: tl.constexpr):
+    """The sum of a row of partial sums, in float64 and a fixed order."""
+    lane = tl.arange(0, BLOCK_P)
+    total = tl.zeros([BLOCK_P], tl.float64)
+    for first in range(0, num_partials, BLOCK_P):
+        total += tl.load(at + first + lane, mask=first + lane < num_partials, other=0.0).to(tl.float64)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def mixture_parameter_gradients(
+    partials_ptr, c_ptr, d_mean_offsets_ptr, d_c_ptr, d_log_shares_ptr, num_gaussians, num_partials,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Adds the partial sums [heads, gaussians, 3, partials] of one Gaussian of one head."""
+    number = tl.program_id(0).to(tl.int64) * num_gaussians + tl.program_id(1)
+    at = partials_ptr + number * 3 * num_partials
+    width = tl.load(c_ptr + number).to(tl.float64)
+    store_rounded(d_log_shares_ptr + number, add_partials(at, num_partials, BLOCK_P), None)
+    store_rounded(d_mean_offsets_ptr + number, add_partials(at + num_partials, num_partials, BLOCK_P), None)
+    store_rounded(d_c_ptr + number, add_partials(at + 2 * num_partials, num_partials, BLOCK_P) / width, None)
+
+
+def mixture_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean_offsets: Tensor,
+    c: Tensor,
+    log_shares: Tensor,
+    mask: Tensor | None,
+    options: DensityOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dmean_offsets, dc, dlog_shares)."""
+    parameters = mean_offsets.contiguous(), c.contiguous(), log_shares.contiguous()
+    dx = torch.empty_like(x)
+    gradients = tuple(torch.empty_like(p) for p in parameters)
+    if x.numel() == 0:
+        return dx, *(t.zero_() for t in gradients)
+    launch, (x, g), mask = prepare(x, mean_offsets, mask, options, ("dx", "x", "g"), dx, grad)
+    heads, gaussians = mean_offsets.shape
+    partials = x.new_empty((heads, gaussians, 3, launch.values["num_partials"]), dtype=arithmetic_type(x))
+    pointers = dict(
+        x_ptr=x, g_ptr=g, dx_ptr=dx, mask_ptr=mask, partials_ptr=partials,
+        **dict(zip(("mean_offsets_ptr", "c_ptr", "log_shares_ptr"), parameters)),
+    )  # fmt: skip
+    with device_of(x):
+        chunks = launch.tile.num_chunks
+        if not chunks:
+            run(mixture_backward_resident, launch, pointers)
+        else:
+            fields = partials.new_empty((14, chunks, launch.num_slices))
+            moments, tops, sums = fields.split((4, 2, 8))
+            pointers.update(
+                moments_ptr=moments, merged_ptr=partials.new_empty((3, launch.num_slices)), tops_ptr=tops, sums_ptr=sums
+            )
+            run(split_statistics, launch, dict(pointers, partials_ptr=moments))
+            run(split_normaliser, launch, dict(pointers, partials_ptr=tops))
+            run(mixture_split_sums, launch, pointers)
+            run(mixture_split_gradient, launch, pointers)
+        names = "d_mean_offsets_ptr", "d_c_ptr", "d_log_shares_ptr"
+        run(mixture_parameter_gradients, launch, dict(pointers, **dict(zip(names, gradients))), grid=(heads, gaussians))
+    return dx, *gradients

@@ -1,0 +1,31 @@
+"""What the tests of the kernels share. Triton may be missing, so its modules are imported where they are used."""
+
+import pytest
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that short slices are split over blocks, each with several tiles."""
+    from daam_kernels.kernels import host, launch
+
+    monkeypatch.setattr(launch, "BUDGET", launch.Budget(64, 64, 64, 64, split=64, usual=64, merged=64))
+    monkeypatch.setattr(launch, "_PROGRAMS", 2)
+    host._launch.cache_clear()
+    yield
+    host._launch.cache_clear()
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels launched so far."""
+    from daam_kernels.kernels import density_backward, density_forward, mixture_backward
+
+    names = []
+    for module in (density_forward, density_backward, mixture_backward):
+
+        def run(kernel, *args, original=module.run, **kwargs):
+            names.append(kernel.fn.__name__)
+            original(kernel, *args, **kwargs)
+
+        monkeypatch.setattr(module, "run", run)
+    return names

@@ -1,0 +1,98 @@
+"""The mixture's kernels in Triton's interpreter or on a GPU: long slices, launches, determinism, poisoned results."""
+
+import daam_kernels
+import pytest
+import torch
+from mixture import assert_contract, evaluate, generator, mixture, truth
+from support import DTYPES, assert_same_bits, device_of
+
+if not daam_kernels.available_backends()["triton"]:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+DEVICE = device_of("triton")
+FORWARD = ["split_statistics", "split_normaliser", "split_output"]
+BACKWARD = ["split_statistics", "split_normaliser", "mixture_split_sums", "mixture_split_gradient"]
+LONG = {"rows": ((2, 331), 1), "columns": ((200, 20), 0), "thin columns": ((1, 331, 5), 1)}
+
+
+def inputs(shape, heads, dtype, *, gaussian_count=3, seed=0, mean=0.0, deviation=1.0):
+    rng = generator(seed)
+    x = (mean + deviation * torch.randn(shape, generator=rng, dtype=torch.float64)).to(DEVICE, dtype)
+    grad = torch.randn(shape, generator=rng, dtype=torch.float64).to(DEVICE, dtype)
+    parameters = mixture(heads, gaussian_count, rng, offsets=0.05 * deviation, dtype=torch.float64, device=DEVICE)
+    return x, grad, parameters
+
+
+def check(x, grad, parameters, **options):
+    got = evaluate("triton", x, *parameters, grad, **options)
+    assert_contract(got, truth(x, *parameters, grad, **options), x.dtype, str(options))
+
+
+@pytest.mark.parametrize(
+    "layout, dtype",
+    [("rows", dtype) for dtype in DTYPES] + [("columns", torch.bfloat16), ("thin columns", torch.float32)],
+    ids=str,
+)
+def test_split_slices(small_tiles, launched, layout, dtype):
+    shape, axis = LONG[layout]
+    x, grad, parameters = inputs(shape, 2, dtype, mean=3.0)
+    check(x, grad, parameters, norm_axis=axis)
+    assert launched == FORWARD + BACKWARD + ["mixture_parameter_gradients"]
+
+
+@pytest.mark.parametrize("padding_stats", ["zero", "exclude"])
+@pytest.mark.parametrize("normalize, eps", [("clamp", 1e-8), ("clamp", 500.0), ("softmax", 1e-8)])
+def test_split_slices_with_padding(small_tiles, padding_stats, normalize, eps):
+    x, grad, parameters = inputs((2, 100, 3), 2, torch.float32, gaussian_count=2, mean=0.5)
+    mask = torch.rand(2, 100, 3, generator=generator(7)).to(DEVICE) < 0.7
+    mask[0, :50, 0] = False  # a slice of padding alone
+    mask[1, :50, 1] = torch.arange(50, device=DEVICE) == 40  # and one with a single valid element
+    x[:, 75:, 2] = 0.0
+    options = dict(padding_stats=padding_stats, normalize=normalize, eps=eps, padding_value=0.0)
+    check(x, grad, parameters, norm_axis=1, mask=mask, **options)
+
+
+@pytest.mark.parametrize("padding_stats", ["zero", "exclude"])
+def test_split_slices_on_an_offset_with_a_constant_gradient(small_tiles, padding_stats):
+    x, _, parameters = inputs((2, 331), 2, torch.float32, mean=1e4, deviation=0.1)
+    mask = torch.ones_like(x, dtype=torch.bool)
+    mask[:, -5:] = padding_stats == "zero"
+    check(x, torch.ones_like(x), parameters, norm_axis=1, mask=mask, padding_stats=padding_stats)
+
+
+@pytest.mark.parametrize("shape, axis", [((3, 64), 1), ((2, 24, 33), 1)], ids=str)
+@pytest.mark.parametrize("eps", [1e-8, 3.0], ids=["free", "clamped"])
+def test_resident_slices_take_one_launch_forward_and_two_backward(launched, shape, axis, eps):
+    x, grad, parameters = inputs(shape, 2, torch.float32, gaussian_count=5)
+    check(x, grad, parameters, norm_axis=axis, eps=eps, residual=True)
+    assert launched == ["forward_resident", "mixture_backward_resident", "mixture_parameter_gradients"]
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (2, 331)], ids=["resident", "split"])
+def test_bits_do_not_depend_on_the_run(small_tiles, shape):
+    x, grad, parameters = inputs(shape, 2, torch.float32)
+    first, second = (evaluate("triton", x, *parameters, grad, norm_axis=1) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert_same_bits(one, other)
+
+
+def test_narrow_gaussians_far_from_the_data_stay_finite():
+    x, grad, (mean_offsets, c, weights) = inputs((4, 40), 2, torch.float32)
+    for width, offset in ((1e-6, 0.0), (1e-6, 1e3), (1e6, 1e3), (1e-3, 50.0)):
+        parameters = mean_offsets + offset, torch.full_like(c, width), weights
+        for result in evaluate("triton", x, *parameters, grad, norm_axis=1):
+            assert torch.isfinite(result).all(), (width, offset)
+
+
+def test_a_gaussian_without_a_share_changes_nothing():
+    x, grad, (mean_offsets, c, weights) = inputs((4, 40), 2, torch.float32)
+    shares = weights.softmax(1)
+    shares[:, 1] = 0
+    kept = [t[:, ::2].contiguous() for t in (mean_offsets, c, shares)]
+    y, dx, *rest = evaluate("triton", x, mean_offsets, c, shares, grad, norm_axis=1, weights_softmax=False)
+    y_kept, dx_kept, *rest_kept = evaluate("triton", x, *kept, grad, norm_axis=1, weights_softmax=False)
+    torch.testing.assert_close(y, y_kept, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(dx, dx_kept, rtol=1e-5, atol=1e-6)
+    for got, expected in zip(rest[:2], rest_kept[:2]):
+        torch.testing.assert_close(got[:, ::2], expected, rtol=1e-5, atol=1e-6)
+        assert not got[:, 1].any()
