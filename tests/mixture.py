@@ -57,8 +57,8 @@ def truth(
 ):
     """(y, dx, dmean_offsets, dc, dweights) of the same rounded inputs, in numpy's long double, on the CPU.
 
-    m(d) = sum_k share_k exp(-(d - offset_k)^2 / (2 var c_k^2)), w = m / max(sum m, eps), y = x w, and its derivatives by
-    the chain rule, Gaussian by Gaussian. Only the largest exponent of a slice is taken out.
+    m(d) = sum_k share_k exp(-(d - offset_k)^2 / (2 var c_k^2)), w = m / max(sum m, eps), y = x w, and its derivatives
+    by the chain rule, Gaussian by Gaussian. Only the largest exponent of a slice is taken out.
     """
     assert np.finfo(np.longdouble).eps < 2e-19, "this machine has no extended precision to hold float64 against"
     extended = np.longdouble

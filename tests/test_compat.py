@@ -109,6 +109,61 @@ def test_eps_arrives():
     assert [layer.eps for layer in compat.GaussianBlock([1], [2], [3], 1, None, 1e-3).layers] == [1e-3]
 
 
+SHARES = torch.tensor([0.5, 0.25, 0.25])
+
+
+@pytest.mark.parametrize(
+    "arguments, keywords, initial_c, learned",
+    [
+        ((1, 2, 3, 2, True, None, 1e-3), {}, 2, True),  # as its README prints it
+        ((1, 2, 3, 1.5, SHARES, 7.0), dict(eps=1e-3), 1.5, False),
+        ((1, 2, 3), dict(initial_c=1.5, eps=1e-3), 1.5, True),
+        ((1, 2, 3), dict(initial_variance=1.5, eps=1e-3), 1.5, True),
+        ((1, 2, 3, 1.5), dict(learnable_weights=SHARES, eps=1e-3), 1.5, False),
+        ((), dict(norm_axis=1, num_heads=2, num_gaussians=3, learnable_weights=True, eps=1e-3), 2, True),
+    ],
+)
+def test_the_first_generations_arguments_make_its_mixture(arguments, keywords, initial_c, learned):
+    module = compat.MultiHeadGaussianAdaptiveAttention(*arguments, **keywords)
+    assert type(module) is daam_kernels.FusedMultiHeadGAAM
+    assert (module.norm_axis, module.num_heads, module.num_gaussians, module.eps) == (1, 2, 3, 1e-3)
+    assert module.initial_c == initial_c and (module.c == initial_c).all()
+    assert hasattr(module, "weights") == learned and hasattr(module, "shares") != learned
+    x = torch.randn(2, 9)
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
+
+
+@pytest.mark.parametrize("arguments, keywords", [((1, 2, 3, 7.0, 1e-3), {}), ((1, 2, 3), dict(eps=1e-3))])
+def test_five_arguments_make_the_packages_product(arguments, keywords):
+    module = compat.MultiHeadGaussianAdaptiveAttention(*arguments, **keywords)
+    assert type(module) is compat.MultiHeadGaussianAdaptiveAttention
+    assert isinstance(module, daam_kernels.FusedMultiHeadDAAM) and module.eps == 1e-3
+
+
+def test_a_subclass_of_the_name_keeps_its_own_arguments():
+    class Own(compat.MultiHeadGaussianAdaptiveAttention):
+        def __init__(self, size, *rest, initial_c):
+            super().__init__(1, 2, 3)
+            self.own = size, rest, initial_c
+
+    assert Own(1, 2, 3, 4, 5, 6, initial_c=7).own == (1, (2, 3, 4, 5, 6), 7)
+
+
+def test_the_first_generations_errors():
+    make = compat.MultiHeadGaussianAdaptiveAttention
+    with pytest.raises(ValueError, match="learnable_weights must be True, or a tensor .* False alone"):
+        make(1, 2, 3, 2, False, None, 1e-8)
+    for arguments, keywords in (((1, 2, 3), dict(initial_c=2)), ((1, 2, 3, 2), {})):
+        with pytest.raises(TypeError, match="takes initial_c or initial_variance, got both"):
+            make(*arguments, initial_variance=2, **keywords)
+
+
+def test_fuse_and_unfuse_leave_the_mixture_alone():
+    model = nn.Sequential(compat.MultiHeadGaussianAdaptiveAttention(1, 2, 3, initial_c=2))
+    before = model[0]
+    assert fuse(model, verbose=False)[0] is before and unfuse(model, verbose=False)[0] is before
+
+
 def test_num_densities_is_another_name():
     assert compat.DensityAdaptiveAttention(1, 4, num_densities=5, padding_value=None).c.shape == (1, 5)
     assert compat.MultiHeadDensityAdaptiveAttention(1, 4, num_densities=5).c.shape == (4, 5)

@@ -119,6 +119,55 @@ WRONG = {
     ),
     "c elsewhere": ((X, OFFSETS, C.to("meta")), {}, ValueError, r"c must be on x's device, cpu, got meta"),
     "x elsewhere": ((X.to("meta"), OFFSETS, C), {}, ValueError, r"mean_offsets must be on x's device, meta, got cpu"),
+    # density and weights
+    "an unknown density": (
+        (X, OFFSETS, C),
+        dict(density="sum"),
+        ValueError,
+        r"density must be one of product, mixture, got 'sum'",
+    ),
+    "weights for the product": (
+        (X, OFFSETS, C),
+        dict(weights=C),
+        ValueError,
+        r"weights must be given for density='mixture', and for it alone, got them for 'product'",
+    ),
+    "no weights for the mixture": (
+        (X, OFFSETS, C),
+        dict(density="mixture"),
+        ValueError,
+        r"weights must be given for density='mixture', and for it alone, got None for 'mixture'",
+    ),
+    "weights are a list": (
+        (X, OFFSETS, C),
+        dict(density="mixture", weights=[1.0]),
+        TypeError,
+        r"weights must be a tensor, got list",
+    ),
+    "weights are integer": (
+        (X, OFFSETS, C),
+        dict(density="mixture", weights=C.int()),
+        TypeError,
+        r"weights must be of a floating-point type, got torch.int32",
+    ),
+    "weights of one dimension": (
+        (X, OFFSETS, C),
+        dict(density="mixture", weights=C[0]),
+        ValueError,
+        r"weights must have shape \[num_heads, num_gaussians\], both at least 1, got \[3\]",
+    ),
+    "weights of another shape": (
+        (X, OFFSETS, C),
+        dict(density="mixture", weights=C[:, :2]),
+        ValueError,
+        r"mean_offsets and weights must have the same shape \[num_heads, num_gaussians\], got \[2, 3\] and \[2, 2\]",
+    ),
+    "weights elsewhere": (
+        (X, OFFSETS, C),
+        dict(density="mixture", weights=C.to("meta")),
+        ValueError,
+        r"weights must be on x's device, cpu, got meta",
+    ),
     # mask
     "mask is no tensor": ((X, OFFSETS, C), dict(mask=[True]), TypeError, r"mask must be a boolean tensor, got list"),
     "mask is float": (

@@ -32,7 +32,7 @@ class Mixture:
     def gradients(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(dmean_offsets, dc, dlog_shares) from the sums of all heads."""
         mean_offsets, c, log_shares = self.parameters
-        s0, s1, s2 = sums.unflatten(0, (3, -1)).transpose(1, 2)
+        s0, s1, s2 = sums.unflatten(0, (3, -1)).transpose(1, 2).contiguous()
         widths = c.double()
         return (
             (s1 / widths.square()).to(mean_offsets.dtype),
