@@ -99,6 +99,17 @@ def test_long_slices(backend):
 
 
 @pytest.mark.parametrize("backend", MIXTURE_BACKENDS)
+def test_constant_slices_with_the_clamp_active_keep_their_digits(backend):
+    """Shifting a constant slice leaves its weights, so dx is the weights: all else cancels, a million times as large."""
+    x = torch.full((4, 32), 1000.0, device=device_of(backend))
+    parameters = (torch.full((1, 1), value, device=x.device) for value in (1.4e-3, 2.0, 0.0))
+    y, dx, *_ = evaluate(backend, x, *parameters, torch.ones_like(x))
+    total = y.sum(1) / x[:, 0]
+    assert (0.01 < total).all() and (total < 0.9).all(), "clamped, and not 0"
+    assert_close(dx, y / x, 5e-6)
+
+
+@pytest.mark.parametrize("backend", MIXTURE_BACKENDS)
 def test_shares_as_they_are(backend):
     """They need not sum to one, and one of 0 is a Gaussian that is not there: no NaN, no gradient, no difference."""
     x, mean_offsets, c, _ = (t.double() for t in inputs(backend))
