@@ -100,7 +100,7 @@ def test_long_slices(backend):
 
 @pytest.mark.parametrize("backend", MIXTURE_BACKENDS)
 def test_constant_slices_with_the_clamp_active_keep_their_digits(backend):
-    """Shifting a constant slice leaves its weights, so dx is the weights: all else cancels, a million times as large."""
+    """Shifting a constant slice leaves its weights, so dx is they: all else, a million times as large, cancels."""
     x = torch.full((4, 32), 1000.0, device=device_of(backend))
     parameters = (torch.full((1, 1), value, device=x.device) for value in (1.4e-3, 2.0, 0.0))
     y, dx, *_ = evaluate(backend, x, *parameters, torch.ones_like(x))
