@@ -4,15 +4,26 @@ from . import reference
 from .backends import available_backends
 from .compat import fuse, fusion_report, unfuse
 from .functional import density_attention
-from .modules import FusedDAAM, FusedDensityBlock, FusedMultiHeadDAAM, FusedMultiHeadGAAM
+from .modules import (
+    DensityAdaptiveTransformer,
+    FusedDAAM,
+    FusedDensityBlock,
+    FusedMultiHeadDAAM,
+    FusedMultiHeadGAAM,
+    GroupedQueryAttention,
+    GroupedQueryDAAM,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DensityAdaptiveTransformer",
     "FusedDAAM",
     "FusedDensityBlock",
     "FusedMultiHeadDAAM",
     "FusedMultiHeadGAAM",
+    "GroupedQueryAttention",
+    "GroupedQueryDAAM",
     "available_backends",
     "density_attention",
     "fuse",

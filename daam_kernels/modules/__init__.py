@@ -2,5 +2,14 @@
 
 from .daam import FusedDAAM, FusedDensityBlock, FusedMultiHeadDAAM
 from .gaam import FusedMultiHeadGAAM
+from .paper import DensityAdaptiveTransformer, GroupedQueryAttention, GroupedQueryDAAM
 
-__all__ = ["FusedDAAM", "FusedDensityBlock", "FusedMultiHeadDAAM", "FusedMultiHeadGAAM"]
+__all__ = [
+    "DensityAdaptiveTransformer",
+    "FusedDAAM",
+    "FusedDensityBlock",
+    "FusedMultiHeadDAAM",
+    "FusedMultiHeadGAAM",
+    "GroupedQueryAttention",
+    "GroupedQueryDAAM",
+]
