@@ -1,5 +1,7 @@
 """The operator in plain PyTorch: the truth that every kernel is tested against."""
 
 from .density_attention import density_attention, density_attention_backward
+from .feature import feature_density_attention
+from .gate import density_gate
 
-__all__ = ["density_attention", "density_attention_backward"]
+__all__ = ["density_attention", "density_attention_backward", "density_gate", "feature_density_attention"]
