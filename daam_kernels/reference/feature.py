@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .statistics import groups, valid_elements
+from .statistics import valid_elements
 
 _VAR_FLOOR = 1e-8  # the paper's code adds it to the variance, beside eps
 
@@ -48,20 +48,20 @@ def feature_density_attention(
     work = torch.promote_types(x.dtype, torch.float32)
     valid = valid_elements(x, padding_value, mask)
     values = x.to(work)
-    steps, valid_steps = (t if t is None or x.dim() == 4 else t.unsqueeze(2) for t in (values, valid))
-    densities, head = [], 0
-    for group in groups(steps, c.shape[0], 1):
-        seen, counted, counts = _mean_over_time(
-            group.cut(steps), None if valid is None else group.cut(valid_steps), padding_stats
-        )
-        deviation, var = deviations(seen, counted, counts, 2)
-        heads = seen.shape[1]
-        offset, width = (p[head : head + heads].to(work)[:, None, None] for p in (mean_offsets, c))
+    heads, layers = c.shape[0], x.shape[1]
+    chunks = [layers // heads] * (heads - 1) + [layers - layers // heads * (heads - 1)]
+
+    def cut(t: Tensor) -> tuple[Tensor, ...]:
+        return (t if t.dim() == 4 else t.unsqueeze(2)).split(chunks, 1)
+
+    parts_valid = [None] * heads if valid is None else cut(valid)
+    densities = []
+    for part, part_valid, offset, width in zip(cut(values), parts_valid, mean_offsets.to(work), c.to(work)):
+        deviation, var = deviations(*_mean_over_time(part, part_valid, padding_stats), 1)
         z = (deviation - offset) * (var + _VAR_FLOOR + eps).rsqrt()
         # Not z^2 / c: where that overflows, the gradients would be 0 times infinity.
-        densities.append(torch.exp(-0.5 * z * (z / width)).flatten(1, 2))
-        head += heads
-    weights = densities[0] if len(densities) == 1 else torch.cat(densities, 1)
+        densities.append(torch.exp(-0.5 * z * (z / width)))
+    weights = torch.cat(densities, 1)
     weights = weights if x.dim() == 4 else weights.squeeze(2)
 
     if valid is None:
@@ -92,20 +92,20 @@ def deviations(seen: Tensor, counted: Tensor, counts: Tensor | None, axis: int) 
 
 
 def _mean_over_time(x: Tensor, valid: Tensor | None, padding_stats: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(seen, counted, counts) of x [batch, heads, layers, time, features] for :func:`deviations`, time being 1.
+    """(seen, counted, counts) of x [batch, layers, time, features] for :func:`deviations`, time being 1.
 
     All is less the slice's mean as it comes out of one sum: so large a part of x is gone before digits are lost by it.
     """
     if valid is None:
-        seen = (x - x.detach().mean((2, 3), keepdim=True)).mean(3, keepdim=True)
+        seen = (x - x.detach().mean((1, 2), keepdim=True)).mean(2, keepdim=True)
         return seen, seen, None
     kept = torch.where(valid, x, 0)
     if padding_stats == "exclude":
-        shift = kept.detach().sum((2, 3), keepdim=True) / valid.sum((2, 3), keepdim=True).clamp(min=1)
+        shift = kept.detach().sum((1, 2), keepdim=True) / valid.sum((1, 2), keepdim=True).clamp(min=1)
         shifted = torch.where(valid, kept - shift, 0)
-        seen = shifted.sum(3, keepdim=True) / valid.sum(3, keepdim=True).clamp(min=1)
-        return seen, seen, valid.any(3, keepdim=True)
-    shift = kept.detach().mean((2, 3), keepdim=True)
-    counted = (kept - shift).mean(3, keepdim=True)
+        seen = shifted.sum(2, keepdim=True) / valid.sum(2, keepdim=True).clamp(min=1)
+        return seen, seen, valid.any(2, keepdim=True)
+    shift = kept.detach().mean((1, 2), keepdim=True)
+    counted = (kept - shift).mean(2, keepdim=True)
     # A layer of padding alone counts as 0, and the density handed out there is that of what it holds.
-    return torch.where(valid.any(3, keepdim=True), counted, (x - shift).mean(3, keepdim=True)), counted, None
+    return torch.where(valid.any(2, keepdim=True), counted, (x - shift).mean(2, keepdim=True)), counted, None

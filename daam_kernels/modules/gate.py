@@ -1,0 +1,126 @@
+"""The density gate of a speech encoder as a module.
+
+Source: Ioannides et al., arXiv 2512.07168, and ``GAttnGateG`` of its public training code, whose parameters this
+module has under the same names.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import _check_axis, _check_choice, _check_mask
+from ..reference import density_gate
+from .daam import _check_count, _check_finite
+
+
+class FusedDensityGate(nn.Module):
+    """Scale every frame by the density of a learned projection along time: y = x (1 + alpha gate).
+
+    It runs the reference's plain PyTorch operations on every device. Source: arXiv 2512.07168, ``GAttnGateG``.
+
+    Args:
+        channels: channels of x.
+        num_gaussians: number of Gaussians, the mean of whose normal densities is the gate.
+        alpha: what the learned strength starts from.
+        padding_stats: ``"exclude"`` leaves masked frames out, so that a sequence gets what it gets without padding;
+            ``"zero"`` counts them as zeros in mean and variance of the projection.
+
+    Parameters: ``to_attn.weight`` [1, channels, 1] and ``to_attn.bias`` [1], ``gaa.mean_offsets`` and
+    ``gaa.log_sigma`` [num_gaussians], ``alpha`` [], as in the public code, so checkpoints travel both ways. Without
+    padding that counts as zeros the bias makes no difference, and its gradient is 0.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it got and what it takes.
+    """
+
+    density = "gate"
+
+    def __init__(
+        self,
+        channels: int,
+        num_gaussians: int = 4,
+        alpha: float = 0.05,
+        *,
+        padding_stats: str = "exclude",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_count("channels", channels, 1)
+        _check_count("num_gaussians", num_gaussians, 1)
+        self.channels = channels
+        self.num_gaussians = num_gaussians
+        self.initial_alpha = _check_finite("alpha", alpha)
+        self.padding_stats = _check_choice("padding_stats", padding_stats, ("zero", "exclude"))
+        options = dict(device=device, dtype=dtype)
+        self.to_attn = nn.Conv1d(channels, 1, 1, **options)
+        self.gaa = nn.ParameterDict(
+            {name: nn.Parameter(torch.empty(num_gaussians, **options)) for name in ("mean_offsets", "log_sigma")}
+        )
+        self.alpha = nn.Parameter(torch.empty((), **options))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the parameters anew, as the public code does: the projection as torch does, offsets 0, log 0.5, alpha."""
+        self.to_attn.reset_parameters()
+        nn.init.zeros_(self.gaa["mean_offsets"])
+        nn.init.constant_(self.gaa["log_sigma"], math.log(0.5))
+        nn.init.constant_(self.alpha, self.initial_alpha)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(y, gate), both of x's type; the gate is part of the graph, as in the public code.
+
+        Args:
+            x: [batch, channels, time]. float64, float32, bfloat16 or float16.
+            mask: boolean, [batch, time], or broadcastable to [batch, 1, time], True where a frame is valid.
+
+        Returns:
+            y: x's shape, x * (1 + alpha * gate) where a frame is valid, x where it is padding.
+            gate: [batch, 1, time], the density. At padding it is 0 under ``padding_stats="exclude"``, what the formula
+            gives under ``"zero"``.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit; the message names it, what it got and what it takes.
+        """
+        _check_axis(0, x)
+        if x.dim() != 3 or x.shape[1] != self.channels or x.shape[2] == 0:
+            raise ValueError(
+                f"x must have shape [batch, channels={self.channels}, time], time at least 1, got {list(x.shape)}"
+            )
+        if x.device != self.alpha.device:
+            raise ValueError(f"x must be on the parameters' device, {self.alpha.device}, got {x.device}")
+        if mask is not None:
+            mask = _frames(mask, x)
+        return density_gate(
+            x,
+            self.to_attn.weight,
+            self.to_attn.bias,
+            self.gaa["mean_offsets"],
+            self.gaa["log_sigma"],
+            self.alpha,
+            mask=mask,
+            padding_stats=self.padding_stats,
+        )
+
+    def extra_repr(self) -> str:
+        shown = f"channels={self.channels}, num_gaussians={self.num_gaussians}, alpha={self.initial_alpha}"
+        return shown if self.padding_stats == "exclude" else f"{shown}, padding_stats={self.padding_stats!r}"
+
+
+def _frames(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask as one that broadcasts to [batch, 1, time]."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a boolean tensor, got {type(mask).__name__}")
+    frames = mask.unsqueeze(1) if mask.dim() == 2 else mask
+    target = (x.shape[0], 1, x.shape[2])
+    fits = frames.dim() <= 3 and all(m in (1, n) for m, n in zip(frames.shape[::-1], target[::-1]))
+    if not fits:
+        raise ValueError(
+            f"mask must have shape [batch={x.shape[0]}, time={x.shape[2]}] or broadcast to {list(target)}, "
+            f"got {list(mask.shape)}"
+        )
+    _check_mask(frames, x)
+    return frames
