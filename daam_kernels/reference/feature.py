@@ -67,15 +67,15 @@ def feature_density_attention(
     if valid is None:
         y = values * weights
     else:
-        # What padding holds, a NaN even, has no way into the gradients.
+        # Excluded padding has no way into the gradients, not even a NaN there.
         y = torch.where(valid, torch.where(valid, values, 0) * weights, values)
     y = (y + values if residual else y).to(x.dtype)
     if not return_weights:
         return y
-    weights = weights.detach().expand_as(x)
+    weights = weights.detach()
     if valid is not None and padding_stats == "exclude":
         weights = torch.where(valid, weights, 0)
-    return y, weights.to(x.dtype)
+    return y, torch.empty_like(x).copy_(weights)
 
 
 def deviations(seen: Tensor, counted: Tensor, counts: Tensor | None, axis: int) -> tuple[Tensor, Tensor]:

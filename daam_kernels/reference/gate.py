@@ -60,7 +60,7 @@ def density_gate(
     else:
         if padding_stats == "exclude":
             gate = torch.where(valid, gate, 0)
-        # What padding holds, a NaN even, has no way into the gradients.
+        # Excluded padding has no way into the gradients, not even a NaN there.
         y = torch.where(valid, torch.where(valid, values, 0) * (1 + alpha * gate), values)
     return y.to(x.dtype), gate.to(x.dtype)
 

@@ -310,5 +310,7 @@ def test_results_have_the_layout_of_x():
     given = parameters(2, 4, generator(), dtype=torch.float32)
     x = torch.randn(4, 6, 5).permute(2, 1, 0)
     wide = torch.randn(3, 6, 8)[..., ::2]
-    for t in (x, x.half(), wide):
-        assert feature_density_attention(t, *given).stride() == torch.empty_like(t).stride()
+    steps = torch.randn(3, 6, 4, 2).transpose(2, 3)
+    for t in (x, x.half(), wide, steps):
+        for result in feature_density_attention(t, *given, return_weights=True):
+            assert result.stride() == torch.empty_like(t).stride() and result.dtype == t.dtype
