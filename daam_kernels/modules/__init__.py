@@ -1,14 +1,18 @@
 """torch.nn modules, one file per family."""
 
 from .daam import FusedDAAM, FusedDensityBlock, FusedMultiHeadDAAM
+from .feature import FusedMultiHeadFeatureDAAM
 from .gaam import FusedMultiHeadGAAM
+from .gate import FusedDensityGate
 from .paper import DensityAdaptiveTransformer, GroupedQueryAttention, GroupedQueryDAAM
 
 __all__ = [
     "DensityAdaptiveTransformer",
     "FusedDAAM",
     "FusedDensityBlock",
+    "FusedDensityGate",
     "FusedMultiHeadDAAM",
+    "FusedMultiHeadFeatureDAAM",
     "FusedMultiHeadGAAM",
     "GroupedQueryAttention",
     "GroupedQueryDAAM",
