@@ -45,8 +45,8 @@ class Case:
     options: dict = field(default_factory=dict)
 
 
-# Every kernel, along rows and in columns: compiled for bfloat16, which needs the most registers, on every target, and for
-# the other types on sm_90.
+# Every kernel, along rows and in columns: compiled for bfloat16, which needs the most registers, on every target, and
+# for the other types on sm_90.
 CORE = {
     "rows": Case((64, 2048), 1, 8),
     "columns": Case((4, 2048, 512), 1, 8, gaussians=64),
