@@ -228,12 +228,18 @@ struct Store<float, PairedBFloat16, STREAM> {
   V<float> even;
   template <class Within, class Place>
   DAAM_INLINE void operator()(const Within& within, Place, PairedBFloat16* at, V<float> v) {
-    if constexpr (Place::first)
+    if constexpr (Place::first) {
       even = v;
-    else if constexpr (Place::second)
-      Whole<float>().store<STREAM>(reinterpret_cast<float*>(at - Vector<float>::N), pack_pair(even, v));
-    else
+    } else if constexpr (Place::second) {
+      const V<float> pair = pack_pair(even, v);
+      void* const to = at - Vector<float>::N;
+      if constexpr (STREAM)
+        stream_as<float>(static_cast<float*>(to), pair);
+      else
+        memcpy(to, &pair, sizeof pair);  // of a BFloat16's alignment
+    } else {
       within.template store<STREAM>(at, v);
+    }
   }
 };
 

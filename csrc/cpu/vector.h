@@ -290,7 +290,9 @@ DAAM_INLINE typename Vector<float>::half pack_as(V<float> v, const BFloat16*) {
 }
 
 DAAM_INLINE Mask<float> load_pair(const PairedBFloat16* at) {
-  return *reinterpret_cast<const typename Vector<float>::loose_mask*>(at);
+  Mask<float> pair;
+  memcpy(&pair, at, sizeof pair);  // of a BFloat16's alignment
+  return pair;
 }
 DAAM_INLINE V<float> load_even(const PairedBFloat16* at) { return (V<float>)(load_pair(at) << 16); }
 DAAM_INLINE V<float> load_odd(const PairedBFloat16* at) { return (V<float>)(load_pair(at) & (int32_t)0xffff0000); }
