@@ -45,8 +45,7 @@ class Case:
     options: dict = field(default_factory=dict)
 
 
-# Every kernel, along rows and in columns: compiled for bfloat16, which needs the most registers, on every target, and
-# for the other types on sm_90.
+# Every kernel, along rows and in columns: compiled for float32 and bfloat16 on every target, for the others on sm_90.
 CORE = {
     "rows": Case((64, 2048), 1, 8),
     "columns": Case((4, 2048, 512), 1, 8, gaussians=64),
@@ -57,7 +56,7 @@ CORE = {
     "mixture in split rows": Case((1, 1 << 20), 1, 1, density="mixture", weights=True),
     "mixture in split columns": Case((2, 16384, 64), 1, 1, density="mixture"),
 }
-# What else changes the code: compiled for bfloat16 on sm_90.
+# What else changes the code: compiled for float32 and bfloat16 on sm_90.
 MORE = {
     "rows of 1000": Case((64, 4000), 1, 4, gaussians=5),
     "odd rows": Case((64, 333), 1, 3, aligned=False),
@@ -78,8 +77,9 @@ MORE = {
 }
 CASES = {**CORE, **MORE}
 CORE_JOBS = [(name, "bf16", target) for name in CORE for target in TARGETS]
-CORE_JOBS += [(name, dtype, "sm_90") for name in CORE for dtype in DTYPES if dtype != "bf16"]
-JOBS = CORE_JOBS + [(name, "bf16", "sm_90") for name in MORE]
+CORE_JOBS += [(name, "fp32", target) for name in CORE for target in TARGETS]
+CORE_JOBS += [(name, dtype, "sm_90") for name in CORE for dtype in ("fp64", "fp16")]
+JOBS = CORE_JOBS + [(name, dtype, "sm_90") for name in MORE for dtype in ("fp32", "bf16")]
 
 READERS = {"split_statistics", "split_normaliser", "split_sums", "mixture_split_sums"}
 WRITERS = {

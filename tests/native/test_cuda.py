@@ -325,7 +325,7 @@ def test_no_access_out_of_bounds():
     preload = (subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in PRELOADED)
     _pytest(
         "tests/native/test_cuda.py",
-        *("-k", "(memory or problem or beside or other_types or deliberately) and not bfloat16"),  # as wide as float16
+        *("-k", "memory or problem or beside or other_types or deliberately"),
         LD_PRELOAD=" ".join(preload),
         ASAN_OPTIONS="detect_leaks=0",
         DAAM_TEST_SANITIZED="1",
