@@ -159,6 +159,24 @@ def bound_forward(known: Problem) -> Callable[[Tensor, Tensor, Tensor, Tensor], 
     return fill
 
 
+def bound_backward(known: Problem) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """What gives (dx, dmean_offsets, dc) on the CPU of y's gradient, x, mean_offsets and c, as bound_forward does."""
+    library = _library()
+    backward, parallel_for = library.backward, library.parallel_for
+
+    def gradients(grad, x, mean_offsets, c):
+        dx, d_offsets, d_c = _new_gradients(x, mean_offsets, c)
+        code = backward(
+            known.address, grad.data_ptr(), x.data_ptr(), mean_offsets.data_ptr(), c.data_ptr(), None,
+            dx.data_ptr(), d_offsets.data_ptr(), d_c.data_ptr(), parallel_for,
+        )  # fmt: skip
+        if code:
+            _fail(code)
+        return dx, d_offsets, d_c
+
+    return gradients
+
+
 def density_forward(
     x: Tensor,
     mean_offsets: Tensor,
@@ -194,9 +212,7 @@ def density_backward(
     if mean_offsets.dtype not in _TYPES or c.dtype not in _TYPES:
         dx, d_offsets, d_c = density_backward(grad, x, _served(mean_offsets), _served(c), mask, options)
         return dx, d_offsets.to(mean_offsets.dtype), d_c.to(c.dtype)
-    dx = torch.empty_like(x)
-    d_offsets = torch.empty_like(mean_offsets, memory_format=torch.contiguous_format)
-    d_c = torch.empty_like(c, memory_format=torch.contiguous_format)
+    dx, d_offsets, d_c = _new_gradients(x, mean_offsets, c)
     if not x.numel():
         return dx, d_offsets.zero_(), d_c.zero_()
     known, (x, grad), mask = _prepare(mean_offsets, c, mask, options, dx, x, grad)
@@ -215,6 +231,14 @@ def density_backward(
     if code:
         _fail(code)
     return dx, d_offsets, d_c
+
+
+def _new_gradients(x: Tensor, mean_offsets: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(x),
+        torch.empty_like(mean_offsets, memory_format=torch.contiguous_format),
+        torch.empty_like(c, memory_format=torch.contiguous_format),
+    )
 
 
 def _prepare(mean_offsets, c, mask, options, out, *tensors) -> tuple[Problem, Sequence[Tensor], Tensor | None]:
