@@ -17,7 +17,6 @@ from support import (
     evaluate,
     gaussians,
     generator,
-    interpreted,
     sized,
     truth,
 )
@@ -25,26 +24,16 @@ from support import (
 from daam_kernels import reference
 
 ROWS = {"N(0, 1)": (0, 1), "N(10, 1)": (10, 1), "N(1e3, 1)": (1e3, 1), "N(1e4, 0.1)": (1e4, 0.1)}  # mean, deviation
+PARAMETERS = list(itertools.product((0.0, 0.05), (None, 2.0)))  # offsets in deviations; width, None for exp(N(0, 1))
 NUM_HEADS = 4
 
 
-def shape_of(backend, norm_axis):
+def shape_of(backend, norm_axis, heads=NUM_HEADS):
     """[8, 128, 64] of the page; interpreted, less of a batch, the slices as long."""
+    length = 32 * heads
     if norm_axis == 1:
-        return sized(backend, (8, 128, 64), (1, 128, 64))
-    return sized(backend, (64, 128), (3, 128))
-
-
-def cases(num_gaussians, every):
-    """(what, mean_offsets' scale in deviations, width or None for exp(N(0, 1)), whether g is all ones).
-
-    All of the contract's, or, not ``every``, each value beside one of the others: for an axis that comes on top.
-    """
-    for offsets, width, constant in itertools.product((0.0, 0.05), (None, 2.0), (False, True)):
-        if not every and (offsets == 0.0) == (width is None):
-            continue
-        what = f"K={num_gaussians}, offsets={offsets}, c={width or 'exp(N(0, 1))'}, g={1 if constant else 'N(0, 1)'}:"
-        yield what, offsets, width, constant
+        return sized(backend, (8, length, 64), (1, length, 64))
+    return sized(backend, (64, length), (3, length))
 
 
 @pytest.mark.parametrize("num_gaussians", [1, 5, 8, 16])
@@ -53,29 +42,32 @@ def cases(num_gaussians, every):
 @pytest.mark.parametrize("norm_axis", [1, -1])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_contract(backend, norm_axis, dtype, row, num_gaussians):
+    """Heads know nothing of each other: all kinds of parameters are asked for at once, each in heads of its own."""
     mean, deviation = ROWS[row]
-    rng, device, shape = generator(num_gaussians), device_of(backend), shape_of(backend, norm_axis)
+    heads_each = sized(backend, NUM_HEADS, 1)
+    rng, device, shape = generator(num_gaussians), device_of(backend), shape_of(backend, norm_axis, 4 * heads_each)
     x = (mean + deviation * torch.randn(shape, generator=rng, dtype=torch.float64)).to(device, dtype)
     noise = torch.randn(shape, generator=rng, dtype=torch.float64).to(device, dtype)
-    parameters_type = torch.float64 if dtype == torch.float64 else torch.float32
-    for what, offsets, width, constant in cases(num_gaussians, every=norm_axis == 1 or not interpreted(backend)):
-        mean_offsets, c = gaussians(
-            NUM_HEADS,
-            num_gaussians,
-            rng,
-            offsets=offsets * deviation,
-            width=width,
-            dtype=parameters_type,
-            device=device,
-        )
-        grad = torch.ones_like(noise) if constant else noise
+    to = dict(dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+    kinds = [
+        gaussians(heads_each, num_gaussians, rng, offsets=offsets * deviation, width=width, **to)
+        for offsets, width in PARAMETERS
+    ]
+    mean_offsets, c = map(torch.cat, zip(*kinds))
+    for grad in (noise, torch.ones_like(noise)):
         got = evaluate(backend, x, mean_offsets, c, grad, norm_axis=norm_axis)
-        assert [t.dtype for t in got] == [dtype, dtype, parameters_type, parameters_type]
+        assert [t.dtype for t in got] == [dtype, dtype, to["dtype"], to["dtype"]]
         expected = truth(x, mean_offsets, c, grad, norm_axis=norm_axis)
-        if dtype in HALF_TYPES and row == "N(1e4, 0.1)":  # constant in half types: only finiteness is asked
-            assert_finite_but_for_overflow(got, expected, what)
-        else:
-            assert_contract(got, expected, dtype, what)
+        for kind, (offsets, width) in enumerate(PARAMETERS):
+            what = f"offsets={offsets}, c={width or 'exp(N(0, 1))'}, g={'N(0, 1)' if grad is noise else 1}:"
+            part = [
+                [t.chunk(4, axis)[kind] for t, axis in zip(four, (norm_axis, norm_axis, 0, 0))]
+                for four in (got, expected)
+            ]
+            if dtype in HALF_TYPES and row == "N(1e4, 0.1)":  # constant in half types: only finiteness is asked
+                assert_finite_but_for_overflow(*part, what)
+            else:
+                assert_contract(*part, dtype, what)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
