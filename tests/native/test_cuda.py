@@ -35,6 +35,8 @@ from .cuda_library import OPTIONS, ROOT, Library, compile_emulation, environment
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
 
+pytestmark = pytest.mark.xdist_group("csrc/cuda, emulated")  # compiled once
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHARED_BYTES = 9000  # of a device on which slices of a few thousand elements do not fit
 SANITIZED = os.environ.get("DAAM_TEST_SANITIZED") == "1"
@@ -68,10 +70,10 @@ def kernels_of(library, capfd):
     return run
 
 
-def problem_of(shape, dtype, num_heads, rng, num_gaussians=3):
+def problem_of(shape, dtype, num_heads, rng, num_gaussians=3, width=None):
     x = (1 + torch.randn(shape, generator=rng)).to(dtype)
     grad = torch.randn(shape, generator=rng).to(dtype)
-    return x, *gaussians(num_heads, num_gaussians, rng, offsets=0.05), grad
+    return x, *gaussians(num_heads, num_gaussians, rng, offsets=0.05, width=width), grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -124,10 +126,14 @@ def problems(draw):
     length = draw(st.integers(2 * num_heads, 40)) * draw(st.sampled_from([1, 8]))
     shape = (*axes[:axis], length, *(n * draw(st.sampled_from([1, 8])) for n in axes[axis:]))
     rng, dtype = generator(draw(st.integers(0, 99))), draw(st.sampled_from(DTYPES))
-    x, mean_offsets, c, grad = problem_of(shape, dtype, num_heads, rng, draw(st.integers(1, 40)))
+    normalize = draw(st.sampled_from(["clamp", "softmax"]))
+    # Of narrow Gaussians, and of more than the contract's 16 that the clamp fades to exp(-60), the truth of a handful of
+    # slices is ill-conditioned in float32.
+    num_gaussians = draw(st.integers(1, 16 if normalize == "clamp" else 40))
+    x, mean_offsets, c, grad = problem_of(shape, dtype, num_heads, rng, num_gaussians, width=2.0)
     options = dict(
         norm_axis=axis,
-        normalize=draw(st.sampled_from(["clamp", "softmax"])),
+        normalize=normalize,
         padding_stats=draw(st.sampled_from(["zero", "exclude"])),
         eps=draw(st.sampled_from([1e-8, 0.5])),
         residual=draw(st.booleans()),
