@@ -12,6 +12,7 @@ from .names import (
     DensityBlock,
     GaussianAdaptiveAttention,
     GaussianBlock,
+    MultiHeadDAAM,
     MultiHeadDensityAdaptiveAttention,
     MultiHeadGaussianAdaptiveAttention,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "FusionReport",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
+    "MultiHeadDAAM",
     "MultiHeadDensityAdaptiveAttention",
     "MultiHeadGaussianAdaptiveAttention",
     "fuse",

@@ -5,10 +5,22 @@ from __future__ import annotations
 from torch import nn
 
 from .family import Family
-from .product import Block, ProductHeads
+from .feature import FeatureHead, FeatureHeads
+from .gate import Gate, GateDensity
+from .mixture import MixtureHeads
+from .product import Block, Heads
 from .recognition import original, role
 
-_FAMILIES: tuple[Family, ...] = (ProductHeads("head"), ProductHeads("heads"), Block())
+# In this order: a product's list of heads is recognised by their class name alone, so that a wrong head is named.
+_FAMILIES: tuple[Family, ...] = (
+    *(MixtureHeads(role, learned) for role in ("head", "heads") for learned in (True, False)),
+    *(Heads(role) for role in ("head", "heads")),
+    Block(),
+    FeatureHead(),
+    FeatureHeads(),
+    GateDensity(),
+    Gate(),
+)
 
 
 def family(module: nn.Module) -> Family | None:

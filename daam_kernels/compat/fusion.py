@@ -20,14 +20,18 @@ def fuse(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None, ve
     """Swap every module of the public package inside ``model`` for the fused one: ``model = fuse(model)``.
 
     GaussianAdaptiveAttention, MultiHeadGaussianAdaptiveAttention and GaussianBlock (and the Density names of the same
-    code) are recognised by class name, attributes and the result of a small sample, without importing the package.
+    code), the first generation's classes of the first two names, the paper's MultiHeadDAAM and the JEPA code's
+    GAttnGateG are recognised by class name, attributes and the result of a small sample, without importing any of it.
     Outputs stay the same; so do parameter values, each head's eps, training mode, device, dtype, requires_grad and
     ties. The model is changed in place, and returned; only where it is such a module itself is a new one returned.
 
-    Each swapped module has new parameters, [num_heads, num_gaussians], under new state_dict keys (checkpoints of the
-    public package still load), so **call it before the optimiser is made**, before DistributedDataParallel and before
-    torch.compile. What cannot be swapped without losing something (hooks, parametrizations, subclasses, heads of
-    different num_gaussians or padding values, parameters used elsewhere too) is left alone, with all in it.
+    Each swapped module (but the gate, which keeps its own) has new parameters, [num_heads, num_gaussians], under new
+    state_dict keys (checkpoints of the public code still load), so **call it before the optimiser is made**, before
+    DistributedDataParallel and before torch.compile. What cannot be swapped without losing something (hooks,
+    parametrizations, subclasses, heads of different num_gaussians or padding values, parameters used elsewhere too) is
+    left alone, with all in it. So is the paper's DAAM on its own, which mixes time and features beyond one time step,
+    and which nothing says will be given one; its MultiHeadDAAM takes one. The first generation leaves out the remainder
+    of an axis that its heads do not divide, and moves its input to its own device; the fused module does neither.
 
     Args:
         model: any module.
@@ -51,7 +55,7 @@ def unfuse(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None, 
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """What in ``model`` is fused by :func:`fuse`, and what of the public package is not, with the reason."""
+    """What in ``model`` is fused by :func:`fuse`, and what public modules are not, with the reason."""
     plan = _plan(model, role, Fusing())
     skipped = plan.skipped | {place.path: "not fused yet: call fuse(model)" for place in plan.places}
     fused = {place.path: place.module for place in places(model, is_ours) if original(place.module) is not None}

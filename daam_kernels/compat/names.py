@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from ..modules.daam import FusedDAAM, FusedDensityBlock, FusedMultiHeadDAAM
+from ..modules.feature import FusedMultiHeadFeatureDAAM
 from ..modules.gaam import FusedMultiHeadGAAM
 
 _FIRST_GENERATION = {"initial_c", "initial_variance", "learnable_weights"}
@@ -60,3 +64,65 @@ class MultiHeadDensityAdaptiveAttention(_NumDensities, FusedMultiHeadDAAM):
 
 class DensityBlock(_NumDensities, FusedDensityBlock):
     """:class:`daam_kernels.FusedDensityBlock`; ``num_densities`` is another name for ``num_gaussians``."""
+
+
+class MultiHeadDAAM(FusedMultiHeadFeatureDAAM):
+    """The per-feature attention of the paper's code with its arguments, for one time step, which is all that one takes.
+
+    Source: arXiv 2401.11143, public code. See :class:`daam_kernels.FusedMultiHeadFeatureDAAM`, also for several steps.
+
+    Args:
+        num_layers: layers of the encoder, a multiple of ``num_heads``.
+        time_steps: not used, as in the public code.
+        feature_size, num_heads, c, eps: as in :class:`daam_kernels.FusedMultiHeadFeatureDAAM`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it got and what it takes.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        time_steps: int,
+        feature_size: int,
+        num_heads: int = 8,
+        c: float = 2,
+        eps: float = 1e-5,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_layers, feature_size, num_heads, c, eps, device=device, dtype=dtype)
+        if num_layers % num_heads:
+            raise ValueError(f"num_layers must be a multiple of num_heads={num_heads}, got {num_layers}")
+        self.attention_weights = [
+            {name: [] for name in ("var", "mean", "c", "attention_maps")} for _ in range(num_heads)
+        ]
+
+    def forward(
+        self, x: Tensor, save_attention_weights: bool = False, *, return_attention_details: bool = False
+    ) -> Tensor | tuple[Tensor, list[dict[str, list[Tensor]]]] | tuple[Tensor, Tensor]:
+        """y; or (y, ``attention_weights``), to which this call's maps were added; or (y, weights), of y's shape.
+
+        Args:
+            x: [batch, num_layers, feature_size]; further axes of size 1 are taken off.
+            save_attention_weights: as in the public code, add the mean over the batch, [layers of a head,
+                feature_size], to the list ``attention_maps`` of every head, which grows with every such call.
+            return_attention_details: return the weights of this call, as the other modules do.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit; the message names it, what it got and what it takes.
+        """
+        if isinstance(x, Tensor) and x.dim() > 3:
+            x = x.reshape(x.shape[0], *(size for size in x.shape[1:] if size != 1))
+        if isinstance(x, Tensor) and x.dim() != 3:
+            raise ValueError(
+                f"x must have shape [batch, num_layers={self.num_layers}, feature_size={self.feature_size}], one time "
+                f"step, got {list(x.shape)}: FusedMultiHeadFeatureDAAM takes several"
+            )
+        if return_attention_details or not save_attention_weights:
+            return super().forward(x, return_attention_details)
+        y, weights = super().forward(x, True)
+        for head, layers in zip(self.attention_weights, weights.mean(0).chunk(self.num_heads)):
+            head["attention_maps"].append(layers)
+        return y, self.attention_weights

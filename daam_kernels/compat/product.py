@@ -15,8 +15,8 @@ def heads_of(module: nn.Module) -> list[nn.Module]:
     return [module] if role(module) == "head" else list(module.attention_heads)
 
 
-class _Heads(Family):
-    """One head or a list of them, which become the rows of one module's parameters."""
+class Heads(Family):
+    """``GaussianAdaptiveAttention`` and ``MultiHeadGaussianAdaptiveAttention``: heads become rows of parameters."""
 
     parameters: tuple[str, ...] = _PARAMETERS
     attributes = {"norm_axis", "num_heads", "num_gaussians", "padding_value", "eps"}  # of a head
@@ -38,9 +38,8 @@ class _Heads(Family):
 
     def fuse(self, module, context):
         heads, axis = heads_of(module), module.norm_axis
-        count = getattr(module, "num_heads", 1)  # a single head of the first generation does not say
-        if not heads or (self.role == "heads" and count != len(heads)):
-            raise Skip(f"num_heads is {count}, and there are {len(heads)} heads")
+        if not heads or (self.role == "heads" and module.num_heads != len(heads)):
+            raise Skip(f"num_heads is {module.num_heads}, and there are {len(heads)} heads")
         if not all(map(self.fits_head, heads)):
             raise Skip("its heads are of different generations")
         for name in ("norm_axis", "num_gaussians", "padding_value"):
@@ -48,20 +47,20 @@ class _Heads(Family):
             first = axis if name == "norm_axis" else values[0]
             if any(value is not first and value != first for value in values):
                 raise Skip(f"its heads have different values of {name}: {values}")
-        eps = [head.eps for head in heads]
         try:  # on meta: nothing is allocated, and the random generator stays where it is
-            new = self.make(module, (axis, count, heads[0].num_gaussians), heads[0].padding_value, eps)
+            new = self.make(module, heads)
         except (TypeError, ValueError) as error:
             raise Skip(str(error)) from None
         for name, group in zip(self.parameters, self.sources(module)):
             setattr(new, name, context.stack(name, group, (heads[0].num_gaussians,)))
         return new
 
-    def make(self, module: nn.Module, sizes: tuple[int, int, int], padding_value: float | None, eps: list[float]):
-        """Our module on the meta device; sizes are norm_axis, num_heads and num_gaussians."""
+    def make(self, module: nn.Module, heads: list[nn.Module]) -> nn.Module:
+        """Ours on the meta device, without values."""
+        sizes = module.norm_axis, module.num_heads, heads[0].num_gaussians
         if self.role == "head":
-            return FusedDAAM(*sizes, padding_value, eps=eps[0], device="meta")
-        return FusedMultiHeadDAAM(*sizes, padding_value, eps, device="meta")
+            return FusedDAAM(*sizes, module.padding_value, eps=module.eps, device="meta")
+        return FusedMultiHeadDAAM(*sizes, heads[0].padding_value, [head.eps for head in heads], device="meta")
 
     def restore(self, fused, module, context):
         if fused.padding_stats != "zero" or fused.normalize != "clamp":
@@ -79,10 +78,6 @@ class _Heads(Family):
         yield from sampled(trial, twin, heads_of(trial), [twin], details=True, remainder=1)
 
 
-class ProductHeads(_Heads):
-    """``GaussianAdaptiveAttention`` and ``MultiHeadGaussianAdaptiveAttention``."""
-
-
 class Block(Family):
     """``GaussianBlock``: a list of layers, each of many heads."""
 
@@ -92,7 +87,7 @@ class Block(Family):
         return holds(module, "layers", "heads")
 
     def sources(self, module):
-        return [group for layer in module.layers for group in ProductHeads("heads").sources(layer)]
+        return [group for layer in module.layers for group in Heads("heads").sources(layer)]
 
     def fuse(self, module, context):
         new = FusedDensityBlock([], [], [], 0)
@@ -127,7 +122,7 @@ def sampled(
     for layer in layers:
         layer.backend = "reference"
         axis = layer.norm_axis
-        sizes[axis] = max(sizes[axis], 2 * len(layer.c) + remainder)
+        sizes[axis] = max(sizes[axis], 3 * len(layer.c) + remainder)
     x = waves(*sizes).flatten()
     for index, value in enumerate({layer.padding_value for layer in layers} - {None}):
         x[index::5] = value

@@ -233,9 +233,7 @@ class FusedDAAM(_DensityAttention):
         return {name: getattr(self, name).detach()[0].clone() for name in _PARAMETERS}
 
     def _own_state_dict(self, state_dict, prefix, errors):
-        for key in (prefix + name for name in _PARAMETERS):
-            if isinstance(state_dict.get(key), Tensor) and state_dict[key].dim() == 1:
-                state_dict[key] = state_dict[key].unsqueeze(0)
+        _add_axis_of_heads(state_dict, prefix, _PARAMETERS)
         return state_dict, {}
 
 
@@ -357,6 +355,16 @@ class FusedDensityBlock(nn.Module):
             for index, layer in enumerate(self.layers)
             for key, value in layer.upstream_state_dict().items()
         }
+
+
+def _add_axis_of_heads(state_dict: dict, prefix: str, names: Sequence[str]) -> bool:
+    """Make [1, num_gaussians] of the [num_gaussians] of a public single head; whether there was any."""
+    found = False
+    for key in (prefix + name for name in names):
+        if isinstance(state_dict.get(key), Tensor) and state_dict[key].dim() == 1:
+            state_dict[key] = state_dict[key].unsqueeze(0)
+            found = True
+    return found
 
 
 def _head_tensors(state_dict: dict, prefix: str, names: Sequence[str]) -> dict[str, dict[int, Tensor]]:

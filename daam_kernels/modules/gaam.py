@@ -1,8 +1,9 @@
 """The first generation of the Gaussian attention as a module: many heads, each a mixture of Gaussians.
 
 Source: the public code of arXiv 2401.11143 before its release on PyPI, ``MultiHeadGaussianAdaptiveAttention`` with
-``initial_c`` and ``learnable_weights``, whose arguments, outputs and checkpoints this module takes. One thing differs:
-that code drops the remainder of the axis over the heads from its result; here the last head takes it.
+``initial_c`` and ``learnable_weights``, whose arguments, outputs and checkpoints this module takes (with one head also
+those of its ``GaussianAdaptiveAttention``). One thing differs: that code drops the remainder of the axis over the heads
+from its result; here the last head takes it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .daam import _HEADS, _PARAMETERS, _check_finite, _check_shape, _MultiHead
+from .daam import _HEADS, _PARAMETERS, _add_axis_of_heads, _check_finite, _check_shape, _MultiHead
 
 
 class FusedMultiHeadGAAM(_MultiHead):
@@ -98,6 +99,8 @@ class FusedMultiHeadGAAM(_MultiHead):
     def _own_state_dict(self, state_dict, prefix, errors):
         shares = prefix + "shares"
         is_public = any(key.startswith(prefix + _HEADS) for key in state_dict)
+        if self.num_heads == 1:
+            is_public |= _add_axis_of_heads(state_dict, prefix, self._parameter_names())
         if self.learnable_weights is not True and is_public and shares not in state_dict:
             # The public code keeps given shares out of its checkpoints; its first days put them there as a buffer.
             keys = [f"{prefix}{_HEADS}{head}.fixed_weights" for head in range(self.num_heads)]
