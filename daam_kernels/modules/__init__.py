@@ -4,7 +4,8 @@ from .daam import FusedDAAM, FusedDensityBlock, FusedMultiHeadDAAM
 from .feature import FusedMultiHeadFeatureDAAM
 from .gaam import FusedMultiHeadGAAM
 from .gate import FusedDensityGate
-from .paper import DensityAdaptiveTransformer, GroupedQueryAttention, GroupedQueryDAAM
+from .grouped_query import GroupedQueryAttention
+from .paper import DensityAdaptiveTransformer, GroupedQueryDAAM
 
 __all__ = [
     "DensityAdaptiveTransformer",

@@ -105,6 +105,10 @@ class FusedDensityGate(nn.Module):
             padding_stats=self.padding_stats,
         )
 
+    def upstream_state_dict(self) -> dict[str, Tensor]:
+        """The parameters as the public code's module loads them: copies, detached, under the same names as here."""
+        return {name: value.detach().clone() for name, value in self.state_dict().items()}
+
     def extra_repr(self) -> str:
         shown = f"channels={self.channels}, num_gaussians={self.num_gaussians}, alpha={self.initial_alpha}"
         return shown if self.padding_stats == "exclude" else f"{shown}, padding_stats={self.padding_stats!r}"

@@ -67,7 +67,8 @@ def test_equals_the_public_code_with_its_checkpoint(num_gaussians):
         for parameter in public.gaa.parameters():
             parameter.normal_()
     assert str(ours.load_state_dict(public.state_dict())) == "<All keys matched successfully>"
-    assert str(public.load_state_dict(ours.state_dict())) == "<All keys matched successfully>"
+    assert str(public.load_state_dict(ours.upstream_state_dict())) == "<All keys matched successfully>"
+    assert not any(value.requires_grad for value in ours.upstream_state_dict().values())
     xs = [torch.randn(3, 6, 40, generator=torch.Generator().manual_seed(1)).double().requires_grad_() for _ in range(2)]
     (y, gate), (y_public, gate_public) = (module(x) for module, x in zip((ours, public), xs))
     assert gate.shape == (3, 1, 40)

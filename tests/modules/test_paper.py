@@ -11,8 +11,9 @@ import torch
 from support import relative_error
 from torch import Tensor, nn
 
-from daam_kernels import FusedMultiHeadDAAM, density_attention
-from daam_kernels.modules.paper import DensityAdaptiveTransformer, GroupedQueryAttention, GroupedQueryDAAM
+from daam_kernels import FusedMultiHeadDAAM, FusedMultiHeadFeatureDAAM, density_attention
+from daam_kernels.modules.grouped_query import GroupedQueryAttention
+from daam_kernels.modules.paper import DensityAdaptiveTransformer, GroupedQueryDAAM
 
 VARIANTS = ("paper", "gqa")
 HEADS = [(8, 2), (6, 6), (4, 1), (6, 3)]  # groups, one query head each, one group, an odd number of groups
@@ -442,6 +443,32 @@ def test_the_decoder_takes_checkpoints_of_density_attention_alone(density, densi
     scores, details = model(x, True)
     assert torch.equal(details, weights)
     assert relative_error(scores, decoded(checkpoint, attended, (3, 4))) < 1e-12
+
+
+@pytest.mark.parametrize("gqa", [True, False])
+@pytest.mark.parametrize("density, heads", [("gct", "gcts"), ("daam", "gcts"), ("daam", "daams")])
+def test_checkpoints_travel_back_bit_for_bit(density, heads, gqa):
+    checkpoint = paper_checkpoint(8, 12, density, heads, gqa)
+    attention = FusedMultiHeadFeatureDAAM(8, 12, 4)
+    attention = GroupedQueryDAAM(32, 8, 2, input_dim=12, daam=attention) if gqa else attention
+    model = DensityAdaptiveTransformer(attention, 8, 32 if gqa else 12, 5, hidden_channels=6).double()
+    model.load_state_dict(checkpoint)
+    back = model.upstream_state_dict(density, heads)
+    assert sorted(back) == sorted(checkpoint)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)  # copies, not views
+    assert all(torch.equal(back[key], checkpoint[key]) and not back[key].requires_grad for key in back)
+
+
+def test_other_densities_in_checkpoints_for_the_public_code():
+    with_product = GroupedQueryDAAM(32, 8, 2)
+    product = with_product.daam.upstream_state_dict()
+    assert {f"gct.{key}" for key in product} < with_product.upstream_state_dict("gct").keys()
+    foreign = GroupedQueryDAAM(32, 8, 2, daam=FeatureDensities(32, 4))
+    assert "daam.gcts.3.c" in foreign.upstream_state_dict()
+    with pytest.raises(ValueError, match="density must be one of"):
+        foreign.upstream_state_dict("attention")
 
 
 def test_the_decoder_takes_the_mean_over_time_first():
