@@ -11,9 +11,11 @@ from .backends import BACKENDS
 from .ops import eager
 from .ops.density_attention import apply
 from .options import DensityOptions
+from .reference.gate import gate_widths
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_DENSITIES = ("product", "mixture")
+_DEFAULT_EPS = {"gaussian": 1e-5}
+_DENSITIES = ("product", "mixture", "gate", "gaussian")
 
 
 def density_attention(
@@ -29,25 +31,32 @@ def density_attention(
     mask: Tensor | None = None,
     padding_stats: str = "zero",
     normalize: str = "clamp",
-    eps: float = 1e-8,
+    eps: float | None = None,
     residual: bool = False,
     return_weights: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Weigh x by the density of its own values: fused density adaptive attention.
 
-    Along ``norm_axis``, cut into heads, every slice of x is standardised with its own mean and variance, weighed
-    by the product or the mixture of num_gaussians learned Gaussians, normalised to sum to one, and multiplied with x.
+    Along ``norm_axis``, cut into heads, every slice of x is standardised with its own mean and variance, and multiplied
+    with a density of its own values: the product or the mixture of num_gaussians learned Gaussians, normalised to sum
+    to one; a gate, their mean normal density; or a Gaussian for each feature; these two are not normalised.
     Source: Ioannides et al., arXiv 2401.11143, Algorithm 2; the product is equal to the PyPI package
-    gaussian-adaptive-attention, the mixture to the first generation of its public code.
+    gaussian-adaptive-attention, the mixture to the first generation of its public code. The gaussian is Algorithm 1,
+    the gate arXiv 2512.07168.
 
     Args:
         x: float64, float32, bfloat16 or float16, any number of dimensions, any strides. ``norm_axis`` of size R is
-            cut into num_heads chunks of R // num_heads, at least 2; the last head also takes the remainder.
-        mean_offsets: [num_heads, num_gaussians], offsets of the Gaussians from a slice's mean, in units of x.
-        c: [num_heads, num_gaussians], their widths in units of a slice's standard deviation; only c^2 counts.
-        density: ``"product"`` of the Gaussians, or their ``"mixture"``, sum_k share_k exp(-(d - offset_k)^2 / (2 var
-            c_k^2)) for an element at distance d from its slice's mean.
+            cut into num_heads chunks of R // num_heads, at least 2, or 1 for the gate and the gaussian, whose
+            variances are the biased ones; the last head also takes the remainder.
+        mean_offsets: [num_heads, num_gaussians], offsets of the Gaussians from a slice's mean, in units of x; of the
+            gaussian [num_heads, features], features being the product of the sizes of x behind ``norm_axis``.
+        c: of the same shape, their widths in units of a slice's standard deviation; only c^2 counts. Of the gate their
+            widths are softplus(c) + 1e-3. Of the gaussian they are scales of the variance: linear, with a sign.
+        density: for an element at distance d from its slice's mean, ``"product"`` of the Gaussians; their
+            ``"mixture"``, sum_k share_k exp(-(d - offset_k)^2 / (2 var c_k^2)); the ``"gate"``, mean_k exp(-z_k^2 / 2)
+            / (s_k sqrt(2 pi)), s_k = softplus(c_k) + 1e-3, z_k = (d - offset_k) / (sqrt(max(var, 1e-6)) s_k + eps); or
+            the ``"gaussian"``, exp(-(d - offset)^2 / (2 c (var + 1e-8 + eps))).
         weights: [num_heads, num_gaussians], of the mixture alone, which needs them.
         weights_softmax: whether the softmax of ``weights`` over the Gaussians of a head is their shares; if not, they
             are the shares as they are, not negative, of any sum. A share of 0 is a Gaussian that is not there, and has
@@ -57,8 +66,10 @@ def density_attention(
         mask: boolean, broadcastable to x, True where x is valid. With ``padding_value``, valid means both.
         padding_stats: ``"zero"`` counts padded elements as zeros in mean and variance and leaves their density in
             the sum, as the public package does; ``"exclude"`` ignores them altogether.
-        normalize: ``"clamp"`` divides by max(sum, eps), as the public package does; ``"softmax"`` by the sum.
-        eps: positive, added to the variance and the floor of the sum.
+        normalize: ``"clamp"`` divides by max(sum, eps), as the public package does; ``"softmax"`` by the sum, and is
+            refused for the gate and the gaussian, which divide by nothing.
+        eps: positive, added to the variance and the floor of the sum; of the gate added to the Gaussians' widths. None:
+            1e-5 for the gaussian, else 1e-8, as in the public codes.
         residual: add x to the result.
         return_weights: return (y, weights), the weights detached.
         backend: ``"auto"``, ``"triton"``, ``"native"``, ``"cuda"`` or ``"reference"``; see
@@ -86,22 +97,67 @@ def density_attention(
         _check_padding_value(padding_value),
         _check_choice("padding_stats", padding_stats, ("zero", "exclude")),
         _check_choice("normalize", normalize, ("clamp", "softmax")),
-        _check_eps(eps, x),
+        _check_eps(_DEFAULT_EPS.get(density, 1e-8) if eps is None else eps, x),
         bool(residual),
         _check_choice("density", density, _DENSITIES),
     )
-    _check_gaussians(x, mean_offsets=mean_offsets, c=c)
-    if (weights is None) != (density == "product"):
+    if normalize != "clamp" and not options.normalised:
+        raise ValueError(f"normalize must not be given for density={density!r}, whose weights are as they are")
+    if (weights is None) != (density != "mixture"):
         what = "None" if weights is None else "them"
         raise ValueError(f"weights must be given for density='mixture', and for it alone, got {what} for {density!r}")
+    return _attend(
+        x, mean_offsets, c, weights, bool(weights_softmax), mask, options, bool(return_weights), backend, call
+    )
+
+
+def density_weights(
+    x: Tensor,
+    mean_offsets: Tensor,
+    c: Tensor,
+    *,
+    density: str,
+    norm_axis: int = -1,
+    mask: Tensor | None = None,
+    padding_stats: str = "zero",
+    eps: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The weights of the gate or the gaussian themselves, of x's shape, type and layout, and differentiable.
+
+    For modules that weigh another tensor than x with them. Arguments and errors are those of
+    :func:`density_attention`; at padding the weights are what the formula gives, or 0 where it is excluded.
+    """
+    options = DensityOptions(
+        _check_axis(norm_axis, x),
+        None,
+        _check_choice("padding_stats", padding_stats, ("zero", "exclude")),
+        "clamp",
+        _check_eps(_DEFAULT_EPS.get(density, 1e-8) if eps is None else eps, x),
+        False,
+        _check_choice("density", density, ("gate", "gaussian")),
+        multiply=False,
+    )
+    return _attend(x, mean_offsets, c, None, False, mask, options, False, backend, None)
+
+
+def _attend(x, mean_offsets, c, weights, weights_softmax, mask, options, return_weights, backend, call):
+    """What is left to check once the options are, and then the operator."""
+    if options.density == "gaussian":
+        _check_gaussians(x, math.prod(x.shape[options.norm_axis + 1 :]), mean_offsets=mean_offsets, c=c)
+    else:
+        _check_gaussians(x, mean_offsets=mean_offsets, c=c)
     if weights is not None:
         _check_gaussians(x, mean_offsets=mean_offsets, weights=weights)
-    _check_heads(x.shape[options.norm_axis], mean_offsets.shape[0], options.norm_axis)
+    fewest = 2 if options.normalised else 1
+    _check_heads(x.shape[options.norm_axis], mean_offsets.shape[0], options.norm_axis, fewest)
     if mask is not None:
         _check_mask(mask, x)
     _check_choice("backend", backend, ("auto", *BACKENDS))
-    log_shares = None if weights is None else _log_shares(weights, bool(weights_softmax))
-    return apply(x, mean_offsets, c, log_shares, mask, options, bool(return_weights), backend, call)
+    log_shares = None if weights is None else _log_shares(weights, weights_softmax)
+    if options.density == "gate":
+        c, log_shares = gate_widths(c.to(torch.promote_types(torch.promote_types(c.dtype, x.dtype), torch.float32)))
+    return apply(x, mean_offsets, c, log_shares, mask, options, return_weights, backend, call)
 
 
 def _log_shares(weights: Tensor, softmax: bool) -> Tensor:
@@ -128,31 +184,36 @@ def _check_axis(norm_axis: int, x: Tensor) -> int:
     return norm_axis % dims
 
 
-def _check_gaussians(x: Tensor, **parameters: Tensor) -> None:
+def _check_gaussians(x: Tensor, features: int | None = None, **parameters: Tensor) -> None:
+    """Parameters of the shape [num_heads, num_gaussians], or of [num_heads, features] where there are any."""
+    columns = "num_gaussians" if features is None else f"features={features}"
     for name, parameter in parameters.items():
         if not isinstance(parameter, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(parameter).__name__}")
         if not parameter.dtype.is_floating_point:
             raise TypeError(f"{name} must be of a floating-point type, got {parameter.dtype}")
         if parameter.dim() != 2 or 0 in parameter.shape:
+            raise ValueError(f"{name} must have shape [num_heads, {columns}], both at least 1, got {_shape(parameter)}")
+        if features is not None and parameter.shape[1] != features:
             raise ValueError(
-                f"{name} must have shape [num_heads, num_gaussians], both at least 1, got {_shape(parameter)}"
+                f"{name} must have shape [num_heads, {columns}], as x's axes behind norm_axis have that many elements, "
+                f"got {_shape(parameter)}"
             )
         if parameter.device != x.device:
             raise ValueError(f"{name} must be on x's device, {x.device}, got {parameter.device}")
     first, second = parameters.values()
     if first.shape != second.shape:
         raise ValueError(
-            f"{' and '.join(parameters)} must have the same shape [num_heads, num_gaussians], "
+            f"{' and '.join(parameters)} must have the same shape [num_heads, {columns}], "
             f"got {_shape(first)} and {_shape(second)}"
         )
 
 
-def _check_heads(length: int, num_heads: int, axis: int) -> None:
-    if length < 2 * num_heads:
+def _check_heads(length: int, num_heads: int, axis: int, fewest: int = 2) -> None:
+    if length < fewest * num_heads:
         raise ValueError(
-            f"x must have at least 2 elements per head along norm_axis: its size along axis {axis} is {length}, "
-            f"and {num_heads} head(s) take at least {2 * num_heads}"
+            f"x must have at least {fewest} element{'s' * (fewest > 1)} per head along norm_axis: its size along axis "
+            f"{axis} is {length}, and {num_heads} head(s) take at least {fewest * num_heads}"
         )
 
 

@@ -17,6 +17,11 @@ class DensityOptions(NamedTuple):
     eps: float
     residual: bool
     density: str = "product"
+    multiply: bool = True  # False: the weights in the place of y, of a density that is not normalised
+
+    @property
+    def normalised(self) -> bool:
+        return self.density in ("product", "mixture")
 
     def padding_in(self, dtype: torch.dtype) -> float | None:
         """The padding value rounded to x's type, as torch compares; None for a NaN too, which nothing equals."""

@@ -5,7 +5,16 @@ from __future__ import annotations
 import daam_kernels
 import numpy as np
 import torch
-from support import BACKENDS, NEGLIGIBLE, TOLERANCES, assert_close, gaussians, generator
+from support import (
+    BACKENDS,
+    NEGLIGIBLE,
+    TOLERANCES,
+    assert_close,
+    extended,
+    extended_slices,
+    gaussians,
+    generator,
+)
 from torch import Tensor
 
 NAMES = ("y", "dx", "dmean_offsets", "dc", "dweights")
@@ -60,36 +69,19 @@ def truth(
     m(d) = sum_k share_k exp(-(d - offset_k)^2 / (2 var c_k^2)), w = m / max(sum m, eps), y = x w, and its derivatives
     by the chain rule, Gaussian by Gaussian. Only the largest exponent of a slice is taken out.
     """
-    assert np.finfo(np.longdouble).eps < 2e-19, "this machine has no extended precision to hold float64 against"
-    extended = np.longdouble
-
-    def exact(t):
-        return t.detach().cpu().double().numpy().astype(extended)
-
-    values, g = (np.moveaxis(exact(t), norm_axis, -1) for t in (x, grad))
-    offsets, widths, logits = (exact(t)[..., None] for t in (mean_offsets, c, weights))
-    valid = torch.ones_like(x, dtype=torch.bool) if padding_value is None else x != padding_value
-    valid = valid if mask is None else valid & mask
-    valid = valid.cpu().movedim(norm_axis, -1).numpy()
+    values, g, groups = extended_slices(x, grad, len(c), norm_axis, padding_value, mask, padding_stats)
+    offsets, widths, logits = (extended(t)[..., None] for t in (mean_offsets, c, weights))
     shares = logits
     if weights_softmax:
         shares = np.exp(logits - logits.max(1, keepdims=True))
         shares = shares / shares.sum(1, keepdims=True)
-    num_heads = len(widths)
-    chunk = values.shape[-1] // num_heads
     y, dx = values.copy(), g.copy()
     d_offsets, d_widths, d_shares = (np.zeros_like(t[..., 0]) for t in (offsets, widths, shares))
-    for head in range(num_heads):
-        cut = np.s_[..., head * chunk : (head + 1) * chunk if head < num_heads - 1 else None]
-        v_x, v_g, counts = values[cut], g[cut], valid[cut]
-        counted = counts if padding_stats == "exclude" else np.ones_like(counts)
-        n = counted.sum(-1, keepdims=True)
+    for head, s in enumerate(groups):
+        v_x, v_g, counts, counted, n, mean, deviation = s.x, s.g, s.valid, s.counted, s.n, s.mean, s.deviation
         skipped = n < 2
-        n = np.maximum(n, 2).astype(extended)
-        kept = np.where(counts, v_x, 0)
-        mean = kept.sum(-1, keepdims=True) / n
-        deviation = np.where(counted, kept - mean, 0)
-        var = (deviation**2).sum(-1, keepdims=True) / (n - 1) + extended(eps)
+        n = np.maximum(n, 2)
+        var = (deviation**2).sum(-1, keepdims=True) / (n - 1) + np.longdouble(eps)
         distances = [v_x - mean - offset for offset in offsets[head]]
         exponents = [
             np.where(counted & (share > 0), -(d**2) / (2 * var * width**2), -np.inf)
@@ -100,7 +92,7 @@ def truth(
         each = [np.exp(e - top) for e in exponents]
         total = sum(share * m for share, m in zip(shares[head], each)).sum(-1, keepdims=True)
         with np.errstate(over="ignore"):  # an infinite floor gives weights of 0, as it should
-            floor = extended(eps) * np.exp(-top) if normalize == "clamp" else 0
+            floor = np.longdouble(eps) * np.exp(-top) if normalize == "clamp" else 0
         clamped = total < floor
         norm = np.where(skipped, 1, np.maximum(total, floor))
         w = sum(share * m for share, m in zip(shares[head], each)) / norm
@@ -118,9 +110,9 @@ def truth(
             d_offsets[head, k] = slope.sum()
             d_widths[head, k] = (slope * d / width).sum()
             d_shares[head, k] = (m / norm * q).sum()
-        y[cut] = np.where(counts & ~skipped, v_x * w, v_x) + residual * v_x
+        y[s.cut] = np.where(counts & ~skipped, v_x * w, v_x) + residual * v_x
         through = d_mean / n + 2 * d_var * deviation / (n - 1)
-        dx[cut] = np.where(counts & ~skipped, v_g * w + through, v_g) + through_x + residual * v_g
+        dx[s.cut] = np.where(counts & ~skipped, v_g * w + through, v_g) + through_x + residual * v_g
     d_weights = d_shares
     if weights_softmax:
         d_weights = shares[..., 0] * (d_shares - (shares[..., 0] * d_shares).sum(1, keepdims=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -127,13 +128,58 @@ def truth(x: Tensor, mean_offsets: Tensor, c: Tensor, grad: Tensor | None = None
     if options.get("mask") is not None:
         options["mask"] = options["mask"].cpu()
     grad = torch.ones_like(x) if grad is None else grad
-    extended = x.dtype == torch.float64
+    is_double = x.dtype == torch.float64
     x, mean_offsets, c, grad = (t.detach().cpu().double() for t in (x, mean_offsets, c, grad))
-    if extended:
+    if is_double:
         return extended_truth(x, mean_offsets, c, grad, **options)
     inputs = [t.requires_grad_() for t in (x, mean_offsets, c)]
     y = reference.density_attention(*inputs, **options)
     return (y.detach(), *torch.autograd.grad(y, inputs, grad))
+
+
+def extended(t: Tensor) -> np.ndarray:
+    """t in numpy's long double."""
+    assert np.finfo(np.longdouble).eps < 2e-19, "this machine has no extended precision to hold float64 against"
+    return t.detach().cpu().double().numpy().astype(np.longdouble)
+
+
+class ExtendedSlices(NamedTuple):
+    """One head's slices [..., n], in long double, and their means."""
+
+    cut: tuple  # where they are in all heads' [..., R]
+    x: np.ndarray
+    g: np.ndarray
+    valid: np.ndarray
+    counted: np.ndarray  # elements that the statistics count
+    n: np.ndarray  # how many, at least 1
+    mean: np.ndarray
+    deviation: np.ndarray  # of what is counted, 0 elsewhere
+
+
+def extended_slices(
+    x: Tensor,
+    grad: Tensor,
+    num_heads: int,
+    norm_axis: int,
+    padding_value: float | None,
+    mask: Tensor | None,
+    padding_stats: str,
+) -> tuple[np.ndarray, np.ndarray, list[ExtendedSlices]]:
+    """x and grad in long double with ``norm_axis`` last, and the slices of each head."""
+    values, g = (np.moveaxis(extended(t), norm_axis, -1) for t in (x, grad))
+    valid = torch.ones_like(x, dtype=torch.bool) if padding_value is None else x != padding_value
+    valid = valid if mask is None else valid & mask
+    valid = valid.cpu().movedim(norm_axis, -1).numpy()
+    chunk, found = values.shape[-1] // num_heads, []
+    for head in range(num_heads):
+        cut = np.s_[..., head * chunk : (head + 1) * chunk if head < num_heads - 1 else None]
+        counted = valid[cut] if padding_stats == "exclude" else np.ones_like(valid[cut])
+        n = np.maximum(counted.sum(-1, keepdims=True), 1).astype(np.longdouble)
+        kept = np.where(valid[cut], values[cut], 0)
+        mean = kept.sum(-1, keepdims=True) / n
+        deviation = np.where(counted, kept - mean, 0)
+        found.append(ExtendedSlices(cut, values[cut], g[cut], valid[cut], counted, n, mean, deviation))
+    return values, g, found
 
 
 def extended_truth(
@@ -154,40 +200,27 @@ def extended_truth(
 
     Autograd in float64 is no truth for float64: for a constant gradient on N(1e4, 0.1) it loses five digits.
     """
-    assert np.finfo(np.longdouble).eps < 2e-19, "this machine has no extended precision to hold float64 against"
-    extended = np.longdouble
-    values, g = (t.detach().movedim(norm_axis, -1).numpy().astype(extended) for t in (x, grad))
-    offsets, widths = (t.detach().numpy().astype(extended) for t in (mean_offsets, c))
-    valid = torch.ones_like(x, dtype=torch.bool) if padding_value is None else x != padding_value
-    valid = valid if mask is None else valid & mask
-    valid = valid.movedim(norm_axis, -1).numpy()
-    num_heads = len(widths)
-    chunk = values.shape[-1] // num_heads
+    values, g, groups = extended_slices(x, grad, len(c), norm_axis, padding_value, mask, padding_stats)
+    offsets, widths = extended(mean_offsets), extended(c)
     y, dx = values.copy(), g.copy()
     gradients = np.zeros_like(offsets), np.zeros_like(widths)
-    for head in range(num_heads):
-        cut = np.s_[..., head * chunk : (head + 1) * chunk if head < num_heads - 1 else None]
-        v_x, v_g, counts = values[cut], g[cut], valid[cut]
-        counted = counts if padding_stats == "exclude" else np.ones_like(counts)
-        n = counted.sum(-1, keepdims=True)
+    for head, s in enumerate(groups):
+        v_x, v_g, counts, counted, n, mean, deviation = s.x, s.g, s.valid, s.counted, s.n, s.mean, s.deviation
         skipped = n < 2
-        n = np.maximum(n, 2).astype(extended)
-        kept = np.where(counts, v_x, 0)
-        mean = kept.sum(-1, keepdims=True) / n
-        deviation = np.where(counted, kept - mean, 0)
-        var = (deviation**2).sum(-1, keepdims=True) / (n - 1) + extended(eps)
+        n = np.maximum(n, 2)
+        var = (deviation**2).sum(-1, keepdims=True) / (n - 1) + np.longdouble(eps)
         log_density = np.zeros_like(v_x)
         slope_d, slope_var = np.zeros_like(v_x), np.zeros_like(v_x)  # of log_density
         for offset, width in zip(offsets[head], widths[head]):
             d = v_x - mean - offset
-            log_density -= d**2 / (2 * var * width**2) + np.log(2 * extended(np.pi) * width**2) / 2
+            log_density -= d**2 / (2 * var * width**2) + np.log(2 * np.longdouble(np.pi) * width**2) / 2
             slope_d -= d / (var * width**2)
             slope_var += d**2 / (2 * var**2 * width**2)
         log_density = np.where(counted, log_density, -np.inf)
         top = np.where(skipped, 0, log_density.max(-1, keepdims=True))
         total = np.exp(log_density - top).sum(-1, keepdims=True)
         log_total = top + np.log(np.where(skipped, 1, total))
-        floor = np.log(extended(eps)) if normalize == "clamp" else -np.inf
+        floor = np.log(np.longdouble(eps)) if normalize == "clamp" else -np.inf
         weights = np.exp(log_density - np.maximum(log_total, floor))
         q = np.where(counts, v_g * v_x, 0)
         clamped = log_total < floor
@@ -197,10 +230,10 @@ def extended_truth(
         p = np.where(skipped, 0, p)
         d_mean = -(p * slope_d).sum(-1, keepdims=True)
         d_var = (p * slope_var).sum(-1, keepdims=True)
-        y[cut] = np.where(counts & ~skipped, v_x * weights, v_x) + residual * v_x
+        y[s.cut] = np.where(counts & ~skipped, v_x * weights, v_x) + residual * v_x
         through = d_mean / n + 2 * d_var * deviation / (n - 1)
         d_x = np.where(counts & ~skipped, v_g * weights + through, v_g) + p * slope_d
-        dx[cut] = d_x + residual * v_g
+        dx[s.cut] = d_x + residual * v_g
         for k, (offset, width) in enumerate(zip(offsets[head], widths[head])):
             d = v_x - mean - offset
             gradients[0][head, k] = (p * d / (var * width**2)).sum()

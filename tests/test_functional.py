@@ -124,7 +124,7 @@ WRONG = {
         (X, OFFSETS, C),
         dict(density="sum"),
         ValueError,
-        r"density must be one of product, mixture, got 'sum'",
+        r"density must be one of product, mixture, gate, gaussian, got 'sum'",
     ),
     "weights for the product": (
         (X, OFFSETS, C),

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import (
+    BACKENDS,
     _check_axis,
     _check_choice,
-    _check_eps,
-    _check_gaussians,
     _check_mask,
     _check_padding_value,
+    density_attention,
+    density_weights,
 )
-from ..reference import feature_density_attention
+from ..reference.feature import mean_over_time, weigh_time_steps
+from ..reference.statistics import valid_elements
 from .daam import _check_count, _check_finite
 
 _HEADS = ("daams", "gcts")  # what the public code calls its list of heads
@@ -30,8 +32,9 @@ _PUBLIC_NAMES = {"c": "c", "mean_offset": "mean_offsets"}  # of a head's paramet
 class FusedMultiHeadFeatureDAAM(nn.Module):
     """Per-feature density attention over layers: y = x * w, w the Gaussian of each feature among its head's layers.
 
-    ``DAAMv1`` (8 heads) and ``DAAMv2`` (1 head) of the paper. It runs the reference's plain PyTorch operations on every
-    device. Source: arXiv 2401.11143, Algorithm 1.
+    ``DAAMv1`` (8 heads) and ``DAAMv2`` (1 head) of the paper, by :func:`daam_kernels.density_attention` with
+    ``density="gaussian"``; with a time axis the mean over it and the product with x are plain PyTorch operations.
+    Source: arXiv 2401.11143, Algorithm 1.
 
     Args:
         num_layers: layers of the encoder, cut into heads; the last head takes the remainder.
@@ -42,6 +45,7 @@ class FusedMultiHeadFeatureDAAM(nn.Module):
         padding_value: elements equal to it are padding. None: no such value.
         padding_stats: ``"zero"`` counts padding as zeros in the means over time and layers and in the variance,
             ``"exclude"`` leaves it out.
+        backend: as in :func:`daam_kernels.density_attention`.
 
     Parameters: ``mean_offsets`` and ``c``, both [num_heads, feature_size]. ``c`` is linear, its sign is kept.
     ``load_state_dict`` also takes the public code's, ``daams.0.c``, ``daams.0.mean_offset``, ... or ``gcts.0.c``, ...,
@@ -63,6 +67,7 @@ class FusedMultiHeadFeatureDAAM(nn.Module):
         *,
         padding_value: float | None = None,
         padding_stats: str = "zero",
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -83,6 +88,7 @@ class FusedMultiHeadFeatureDAAM(nn.Module):
         self.eps = eps
         self.padding_value = padding_value
         self.padding_stats = _check_choice("padding_stats", padding_stats, ("zero", "exclude"))
+        self.backend = _check_choice("backend", backend, ("auto", *BACKENDS))
         self.mean_offsets = nn.Parameter(torch.empty(num_heads, feature_size, device=device, dtype=dtype))
         self.c = nn.Parameter(torch.empty(num_heads, feature_size, device=device, dtype=dtype))
         self.reset_parameters()
@@ -115,20 +121,6 @@ class FusedMultiHeadFeatureDAAM(nn.Module):
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it, what it got and what it takes.
         """
-        self._check(x, mask)
-        return feature_density_attention(
-            x,
-            self.mean_offsets,
-            self.c,
-            padding_value=self.padding_value,
-            mask=mask,
-            padding_stats=self.padding_stats,
-            eps=self.eps,
-            residual=residual,
-            return_weights=return_attention_details,
-        )
-
-    def _check(self, x: Tensor, mask: Tensor | None) -> None:
         _check_axis(0, x)
         layers, features = self.num_layers, self.feature_size
         if x.dim() not in (3, 4) or x.shape[1] != layers or x.shape[-1] != features or x.shape[-2] == 0:
@@ -136,15 +128,23 @@ class FusedMultiHeadFeatureDAAM(nn.Module):
                 f"x must have shape [batch, num_layers={layers}, feature_size={features}] or "
                 f"[batch, num_layers={layers}, time, feature_size={features}], time at least 1, got {list(x.shape)}"
             )
-        _check_gaussians(x, mean_offsets=self.mean_offsets, c=self.c)
-        _check_eps(self.eps, x)
+        gaussians = self.mean_offsets, self.c
+        options = dict(density="gaussian", norm_axis=1, padding_stats=self.padding_stats, eps=self.eps)
+        options["backend"] = self.backend
+        returned = dict(residual=residual, return_weights=return_attention_details)
+        if x.dim() == 3:
+            return density_attention(x, *gaussians, padding_value=self.padding_value, mask=mask, **options, **returned)
         if mask is not None:
             _check_mask(mask, x)
+        valid = valid_elements(x, self.padding_value, mask)
+        mean, counted = mean_over_time(x, valid, self.padding_stats)
+        weights = density_weights(mean, *gaussians, mask=counted, **options)
+        return weigh_time_steps(x, weights, valid, self.padding_stats, **returned)
 
     def extra_repr(self) -> str:
         shown = {name: getattr(self, name) for name in ("num_layers", "feature_size", "num_heads")}
         shown |= {"c": self.initial_c, "eps": self.eps}
-        defaults = {"padding_value": None, "padding_stats": "zero"}
+        defaults = {"padding_value": None, "padding_stats": "zero", "backend": "auto"}
         shown |= {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 

@@ -11,15 +11,16 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..functional import _check_axis, _check_choice, _check_mask
-from ..reference import density_gate
+from ..functional import BACKENDS, _check_axis, _check_choice, _check_mask, density_weights
+from ..reference.gate import project, scale_frames
 from .daam import _check_count, _check_finite
 
 
 class FusedDensityGate(nn.Module):
     """Scale every frame by the density of a learned projection along time: y = x (1 + alpha gate).
 
-    It runs the reference's plain PyTorch operations on every device. Source: arXiv 2512.07168, ``GAttnGateG``.
+    The density is that of :func:`daam_kernels.density_attention` with ``density="gate"``; the projection before it and
+    the product with x are plain PyTorch operations. Source: arXiv 2512.07168, ``GAttnGateG``.
 
     Args:
         channels: channels of x.
@@ -27,6 +28,7 @@ class FusedDensityGate(nn.Module):
         alpha: what the learned strength starts from.
         padding_stats: ``"exclude"`` leaves masked frames out, so that a sequence gets what it gets without padding;
             ``"zero"`` counts them as zeros in mean and variance of the projection.
+        backend: as in :func:`daam_kernels.density_attention`.
 
     Parameters: ``to_attn.weight`` [1, channels, 1] and ``to_attn.bias`` [1], ``gaa.mean_offsets`` and
     ``gaa.log_sigma`` [num_gaussians], ``alpha`` [], as in the public code, so checkpoints travel both ways. Without
@@ -45,6 +47,7 @@ class FusedDensityGate(nn.Module):
         alpha: float = 0.05,
         *,
         padding_stats: str = "exclude",
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -55,6 +58,7 @@ class FusedDensityGate(nn.Module):
         self.num_gaussians = num_gaussians
         self.initial_alpha = _check_finite("alpha", alpha)
         self.padding_stats = _check_choice("padding_stats", padding_stats, ("zero", "exclude"))
+        self.backend = _check_choice("backend", backend, ("auto", *BACKENDS))
         options = dict(device=device, dtype=dtype)
         self.to_attn = nn.Conv1d(channels, 1, 1, **options)
         self.gaa = nn.ParameterDict(
@@ -92,18 +96,13 @@ class FusedDensityGate(nn.Module):
             )
         if x.device != self.alpha.device:
             raise ValueError(f"x must be on the parameters' device, {self.alpha.device}, got {x.device}")
-        if mask is not None:
-            mask = _frames(mask, x)
-        return density_gate(
-            x,
-            self.to_attn.weight,
-            self.to_attn.bias,
-            self.gaa["mean_offsets"],
-            self.gaa["log_sigma"],
-            self.alpha,
-            mask=mask,
-            padding_stats=self.padding_stats,
+        valid = None if mask is None else _frames(mask, x).expand(x.shape[0], 1, x.shape[2])
+        projected = project(x, self.to_attn.weight, self.to_attn.bias, valid, self.padding_stats)
+        gaussians = (self.gaa[name].unsqueeze(0) for name in ("mean_offsets", "log_sigma"))
+        gate = density_weights(
+            projected, *gaussians, density="gate", mask=valid, padding_stats=self.padding_stats, backend=self.backend
         )
+        return scale_frames(x, gate, self.alpha, valid)
 
     def upstream_state_dict(self) -> dict[str, Tensor]:
         """The parameters as the public code's module loads them: copies, detached, under the same names as here."""
@@ -111,7 +110,9 @@ class FusedDensityGate(nn.Module):
 
     def extra_repr(self) -> str:
         shown = f"channels={self.channels}, num_gaussians={self.num_gaussians}, alpha={self.initial_alpha}"
-        return shown if self.padding_stats == "exclude" else f"{shown}, padding_stats={self.padding_stats!r}"
+        defaults = {"padding_stats": "exclude", "backend": "auto"}
+        own = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
+        return ", ".join((shown, *(f"{name}={value!r}" for name, value in own.items())))
 
 
 def _frames(mask: Tensor, x: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ _ALWAYS_SAVED = 1024  # a last head with that long a remainder may not fit one b
 
 _TENSORS = "Tensor x, Tensor mean_offsets, Tensor c, Tensor? log_shares, Tensor? mask"
 _OPTIONS = (
-    "int norm_axis, float? padding_value, str padding_stats, str normalize, float eps, bool residual, str density"
+    "int norm_axis, float? padding_value, str padding_stats, str normalize, float eps, bool residual, str density, "
+    "bool multiply"
 )
 
 _library = torch.library.Library("daam_kernels", "DEF")

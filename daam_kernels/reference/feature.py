@@ -2,7 +2,8 @@
 
     w = exp(-(d - offset)^2 / (2 c (var + eps))),    var = E[(a - mean)^2] + 1e-8
 
-a is x, or its mean over time; a slice is one feature over the layers of one head. The weights are not normalised.
+a is x, or its mean over time; a slice is one feature over the layers of one head. The weights are not normalised. The
+density itself is that of ``density_attention(density="gaussian")``.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .density_attention import density_attention
 from .statistics import valid_elements
-
-_VAR_FLOOR = 1e-8  # the paper's code adds it to the variance, beside eps
 
 
 def feature_density_attention(
@@ -45,25 +45,43 @@ def feature_density_attention(
     Returns:
         y of x's shape and type, x * weights where valid, x where padded; weights of x's shape and type.
     """
-    work = torch.promote_types(x.dtype, torch.float32)
+    options = dict(norm_axis=1, padding_stats=padding_stats, eps=eps, density="gaussian")
+    if x.dim() == 3:
+        options.update(padding_value=padding_value, mask=mask, residual=residual, return_weights=return_weights)
+        results = density_attention(x, mean_offsets, c, **options)
+        return tuple(_as_layout(t, x) for t in results) if return_weights else _as_layout(results, x)
     valid = valid_elements(x, padding_value, mask)
-    values = x.to(work)
-    heads, layers = c.shape[0], x.shape[1]
-    chunks = [layers // heads] * (heads - 1) + [layers - layers // heads * (heads - 1)]
+    mean, layers = mean_over_time(x, valid, padding_stats)
+    weights = density_attention(mean, mean_offsets, c, mask=layers, multiply=False, **options)
+    return weigh_time_steps(x, weights, valid, padding_stats, residual=residual, return_weights=return_weights)
 
-    def cut(t: Tensor) -> tuple[Tensor, ...]:
-        return (t if t.dim() == 4 else t.unsqueeze(2)).split(chunks, 1)
 
-    parts_valid = [None] * heads if valid is None else cut(valid)
-    densities = []
-    for part, part_valid, offset, width in zip(cut(values), parts_valid, mean_offsets.to(work), c.to(work)):
-        deviation, var = deviations(*_mean_over_time(part, part_valid, padding_stats), 1)
-        z = (deviation - offset) * (var + _VAR_FLOOR + eps).rsqrt()
-        # Not z^2 / c: where that overflows, the gradients would be 0 times infinity.
-        densities.append(torch.exp(-0.5 * z * (z / width)))
-    weights = torch.cat(densities, 1)
-    weights = weights if x.dim() == 4 else weights.squeeze(2)
+def mean_over_time(x: Tensor, valid: Tensor | None, padding_stats: str) -> tuple[Tensor, Tensor | None]:
+    """(mean of x [batch, layers, time, features] over time, in the arithmetic type; which of its elements are valid).
 
+    It is less the slice's mean as it comes out of one sum: so large a part of x is gone before digits are lost by it.
+    Where padding counts as zeros it cannot be; then it is put back in float64.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if valid is None:
+        return (x - x.detach().mean((1, 2), keepdim=True)).mean(2), None
+    kept, layers = torch.where(valid, x, 0), valid.any(2)
+    if padding_stats == "exclude":
+        shift = kept.detach().sum((1, 2), keepdim=True) / valid.sum((1, 2), keepdim=True).clamp(min=1)
+        shifted = torch.where(valid, kept - shift, 0)
+        return shifted.sum(2) / valid.sum(2).clamp(min=1), layers
+    shift = kept.detach().mean((1, 2), keepdim=True)
+    # The density handed out for a layer of padding alone is that of what it holds.
+    mean = torch.where(layers, (kept - shift).mean(2), (x - shift).mean(2))
+    return mean.double() + shift.double().squeeze(2), layers
+
+
+def weigh_time_steps(
+    x: Tensor, weights: Tensor, valid: Tensor | None, padding_stats: str, *, residual: bool, return_weights: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y of x [batch, layers, time, features], from the weights [batch, layers, features] of all its time steps."""
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    weights = weights.unsqueeze(2).to(values.dtype)
     if valid is None:
         y = values * weights
     else:
@@ -72,40 +90,13 @@ def feature_density_attention(
     y = (y + values if residual else y).to(x.dtype)
     if not return_weights:
         return y
-    weights = weights.detach()
+    weights = weights.detach().expand_as(x)
     if valid is not None and padding_stats == "exclude":
         weights = torch.where(valid, weights, 0)
     return y, torch.empty_like(x).copy_(weights)
 
 
-def deviations(seen: Tensor, counted: Tensor, counts: Tensor | None, axis: int) -> tuple[Tensor, Tensor]:
-    """(seen - mean, biased variance) along ``axis``, the statistics being those of ``counted``.
-
-    Both are less the same constant of the slice; ``counted`` is 0 where ``counts`` is False. None: all count.
-    """
-    total = counted.shape[axis] if counts is None else counts.sum(axis, keepdim=True).clamp(min=1)
-    mean = counted.sum(axis, keepdim=True) / total
-    apart = counted - mean
-    if counts is not None:
-        apart = torch.where(counts, apart, 0)
-    return seen - mean, (apart.square() / total).sum(axis, keepdim=True)
-
-
-def _mean_over_time(x: Tensor, valid: Tensor | None, padding_stats: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(seen, counted, counts) of x [batch, layers, time, features] for :func:`deviations`, time being 1.
-
-    All is less the slice's mean as it comes out of one sum: so large a part of x is gone before digits are lost by it.
-    """
-    if valid is None:
-        seen = (x - x.detach().mean((1, 2), keepdim=True)).mean(2, keepdim=True)
-        return seen, seen, None
-    kept = torch.where(valid, x, 0)
-    if padding_stats == "exclude":
-        shift = kept.detach().sum((1, 2), keepdim=True) / valid.sum((1, 2), keepdim=True).clamp(min=1)
-        shifted = torch.where(valid, kept - shift, 0)
-        seen = shifted.sum(2, keepdim=True) / valid.sum(2, keepdim=True).clamp(min=1)
-        return seen, seen, valid.any(2, keepdim=True)
-    shift = kept.detach().mean((1, 2), keepdim=True)
-    counted = (kept - shift).mean(2, keepdim=True)
-    # A layer of padding alone counts as 0, and the density handed out there is that of what it holds.
-    return torch.where(valid.any(2, keepdim=True), counted, (x - shift).mean(2, keepdim=True)), counted, None
+def _as_layout(t: Tensor, x: Tensor) -> Tensor:
+    """t in the memory layout of torch.empty_like(x)."""
+    out = torch.empty_like(x)
+    return t if t.stride() == out.stride() else out.copy_(t)

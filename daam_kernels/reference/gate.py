@@ -3,7 +3,7 @@
     gate = (1/K) sum_k exp(-z_k^2 / 2) / (s_k sqrt(2 pi)),    z_k = (d - offset_k) / (sqrt(var) s_k + 1e-8)
     s = softplus(log_sigma) + 1e-3,    var = max(E[(a - mean)^2], 1e-6),    y = x (1 + alpha gate)
 
-A slice is one sequence; the gate is not normalised.
+A slice is one sequence; the gate is not normalised. It is the density of ``density_attention(density="gate")``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .feature import deviations
+from .density_attention import density_attention
 
 
 def density_gate(
@@ -47,32 +47,36 @@ def density_gate(
         x's type.
     """
     work = torch.promote_types(x.dtype, torch.float32)
-    values = x.to(work)
-    weight, bias, mean_offsets, log_sigma, alpha = (p.to(work) for p in (weight, bias, mean_offsets, log_sigma, alpha))
     valid = None if mask is None else mask.expand(x.shape[0], 1, x.shape[2])
-    deviation, var = deviations(*_projected(values, weight, bias, valid, padding_stats), 2)
-    std = var.clamp(min=1e-6).sqrt()
+    projected = project(x, weight, bias, valid, padding_stats)
+    gaussians = mean_offsets.unsqueeze(0), *gate_widths(log_sigma.unsqueeze(0).to(work))
+    gate = density_attention(
+        projected,
+        *gaussians[:2],
+        log_shares=gaussians[2],
+        mask=valid,
+        padding_stats=padding_stats,
+        density="gate",
+        multiply=False,
+    )
+    return scale_frames(x, gate, alpha, valid)
+
+
+def gate_widths(log_sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(widths, logarithms of the shares) of the Gaussians [num_heads, num_gaussians] of a gate."""
     widths = F.softplus(log_sigma) + 1e-3
-    z = (deviation.unsqueeze(3) - mean_offsets) / (std.unsqueeze(3) * widths + 1e-8)
-    gate = (torch.exp(-0.5 * z.square()) / widths).mean(3) / math.sqrt(2 * math.pi)
-    if valid is None:
-        y = values * (1 + alpha * gate)
-    else:
-        if padding_stats == "exclude":
-            gate = torch.where(valid, gate, 0)
-        # Excluded padding has no way into the gradients, not even a NaN there.
-        y = torch.where(valid, torch.where(valid, values, 0) * (1 + alpha * gate), values)
-    return y.to(x.dtype), gate.to(x.dtype)
+    return widths, -(widths * (log_sigma.shape[1] * math.sqrt(2 * math.pi))).log()
 
 
-def _projected(
-    x: Tensor, weight: Tensor, bias: Tensor, valid: Tensor | None, padding_stats: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(seen, counted, counts) of the projection for :func:`deviations`, less the projection of each channel's mean.
+def project(x: Tensor, weight: Tensor, bias: Tensor, valid: Tensor | None, padding_stats: str) -> Tensor:
+    """The projection [batch, 1, time], less the projection of each channel's mean, in the arithmetic type.
 
-    x less a mean is projected, not x: so an offset of x costs no digits. Products and a sum rather than a matrix
-    product, which autocast and the settings of matrix products would take out of the arithmetic type.
+    x less a mean is projected, not x: so an offset of x costs no digits. Where padding counts as zeros the projection
+    of the mean is put back in float64. Products and a sum rather than a matrix product, which autocast and the settings
+    of matrix products would take out of the arithmetic type.
     """
+    work = torch.promote_types(x.dtype, torch.float32)
+    x, weight, bias = (t.to(work) for t in (x, weight, bias))
     if valid is None:
         shift = x.detach().mean(2, keepdim=True)
     else:
@@ -83,9 +87,20 @@ def _projected(
     # The gate does not change with the bias unless padding counts as zeros: a gradient of 0 then, not of none.
     seen = (weight * (x - shift)).sum(1, keepdim=True) + 0 * bias
     if valid is None:
-        return seen, seen, None
+        return seen
     if padding_stats == "exclude":
-        seen = torch.where(valid, seen, 0)
-        return seen, seen, valid
-    zero = -(weight * shift).sum(1, keepdim=True) - bias
-    return seen, torch.where(valid, seen, zero), None
+        return torch.where(valid, seen, 0)
+    return seen.double() + (weight * shift).sum(1, keepdim=True).double() + bias.double()
+
+
+def scale_frames(x: Tensor, gate: Tensor, alpha: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(y, gate) of x's type, from the gate in any."""
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    gate = gate.to(values.dtype)
+    scale = 1 + alpha.to(values.dtype) * gate
+    if valid is None:
+        y = values * scale
+    else:
+        # Excluded padding has no way into the gradients, not even a NaN there.
+        y = torch.where(valid, torch.where(valid, values, 0) * scale, values)
+    return y.to(x.dtype), gate.to(x.dtype)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .statistics import Density, DensityGradient, Group, Slices, Weights, sum_over_slices
+from .statistics import Density, DensityGradient, Group, Slices, Variance, Weights, sum_over_slices
 
 _ABSENT = -1e300  # the log-share of a Gaussian that is not there: finite, so that a head of none has no NaN
 
@@ -19,7 +19,10 @@ _ABSENT = -1e300  # the log-share of a Gaussian that is not there: finite, so th
 class Mixture:
     """The Gaussians [heads, gaussians], worked out in float64 and rounded to ``dtype``."""
 
-    def __init__(self, mean_offsets: Tensor, c: Tensor, log_shares: Tensor, dtype: torch.dtype) -> None:
+    normalised = True
+
+    def __init__(self, mean_offsets: Tensor, c: Tensor, log_shares: Tensor, eps: float, dtype: torch.dtype) -> None:
+        self.variance = Variance(added=eps)
         self.parameters = mean_offsets, c, log_shares
         self.offsets = mean_offsets.double().to(dtype)
         self.inverse = c.double().pow(-2).to(dtype)

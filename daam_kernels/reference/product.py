@@ -13,13 +13,16 @@ import math
 import torch
 from torch import Tensor
 
-from .statistics import Density, DensityGradient, Group, Slices, Weights, sum_over_slices
+from .statistics import Density, DensityGradient, Group, Slices, Variance, Weights, sum_over_slices
 
 
 class Product:
     """The Gaussians [heads, gaussians] as one quadratic per head, worked out in float64 and rounded to ``dtype``."""
 
-    def __init__(self, mean_offsets: Tensor, c: Tensor, log_shares: None, dtype: torch.dtype) -> None:
+    normalised = True
+
+    def __init__(self, mean_offsets: Tensor, c: Tensor, log_shares: None, eps: float, dtype: torch.dtype) -> None:
+        self.variance = Variance(added=eps)
         self.parameters = mean_offsets, c
         offsets, widths = mean_offsets.double(), c.double()
         inverse = widths.pow(-2)

@@ -18,6 +18,7 @@ class Group(NamedTuple):
 
     cut: Callable[[Tensor], Tensor]  # to [..., heads, n, ...]
     heads: Callable[[Tensor], Tensor]  # [num_heads] to [heads, 1, ...], which broadcasts over slices
+    features: Callable[[Tensor], Tensor]  # [num_heads, features behind the axis], likewise
 
 
 class Slices(NamedTuple):
@@ -28,9 +29,12 @@ class Slices(NamedTuple):
     valid: Tensor | None  # None: all of them
     domain: Tensor | None  # elements whose density is in the sum; None: all of them
     count: Tensor | int  # elements that the statistics count
+    freedom: Tensor | int  # what the variance divides by
     skipped: Tensor | None  # slices left as they are, for want of two valid elements
     shifted: Tensor  # x - x0
     rstd: Tensor
+    floored: Tensor | None  # slices whose variance is the smallest allowed; None: there is no such
+    deviation: Tensor  # x - mean
     standard: Tensor  # (x - mean) / sqrt(var)
 
     def nearest(self, z: Tensor) -> Tensor:
@@ -92,7 +96,7 @@ def valid_elements(x: Tensor, padding_value: float | None, mask: Tensor | None) 
 
 def groups(x: Tensor, num_heads: int, axis: int) -> Iterator[Group]:
     """The heads along ``axis`` of x in at most two groups of equal chunks, the last one apart if it has a remainder."""
-    chunk, remainder = divmod(x.shape[axis], num_heads)
+    chunk, remainder = x.shape[axis] // num_heads, x.shape[axis] % num_heads  # torch.compile refuses divmod
     parts = [(0, num_heads, chunk)]
     if remainder:
         parts = [(0, num_heads - 1, chunk), (num_heads - 1, 1, chunk + remainder)]
@@ -106,12 +110,24 @@ def groups(x: Tensor, num_heads: int, axis: int) -> Iterator[Group]:
         def of_heads(t: Tensor, first=first, heads=heads) -> Tensor:
             return t[first : first + heads].view((heads,) + (1,) * (x.dim() - axis))
 
-        yield Group(cut, of_heads)
+        def of_features(t: Tensor, first=first, heads=heads) -> Tensor:
+            return t[first : first + heads].reshape(heads, 1, *x.shape[axis + 1 :])
+
+        yield Group(cut, of_heads, of_features)
 
 
-def standardise(x: Tensor, valid: Tensor | None, axis: int, padding_stats: str, eps: float) -> Slices:
+class Variance(NamedTuple):
+    """What the variance is: E[(x - mean)^2], unbiased or not, then ``added`` to, and at least ``floor``."""
+
+    added: float
+    floor: float = 0.0
+    biased: bool = False
+
+
+def standardise(x: Tensor, valid: Tensor | None, axis: int, padding_stats: str, variance: Variance) -> Slices:
     """The statistics of the slices [..., heads, n, ...] along ``axis``, x being of the arithmetic type."""
     n = x.shape[axis]
+    fewest = 1 if variance.biased else 2
     exclude = valid is not None and padding_stats == "exclude"
     if valid is None:
         x0 = x.narrow(axis, 0, 1).detach()
@@ -123,19 +139,27 @@ def standardise(x: Tensor, valid: Tensor | None, axis: int, padding_stats: str, 
         if exclude:
             shifted = counted = torch.where(valid, x - x0, 0)
             total = valid.sum(axis, keepdim=True)
-            count, skipped = total.clamp(min=2).to(x.dtype), total < 2
+            count, skipped = total.clamp(min=fewest).to(x.dtype), None if variance.biased else total < 2
         else:
             shifted, counted = x - x0, torch.where(valid, x, 0) - x0
             count, skipped = n, None
 
     mean = counted.sum(axis, keepdim=True) / count
-    deviation = counted - mean
+    apart = counted - mean
     if exclude:
-        deviation = torch.where(valid, deviation, 0)
-    var = deviation.square().sum(axis, keepdim=True) / (count - 1) + eps
+        apart = torch.where(valid, apart, 0)
+    freedom = count if variance.biased else count - 1
+    if variance.biased:  # |x| of 1e18 squared may not be added up in float32
+        var = (apart.square() / freedom).sum(axis, keepdim=True)
+    else:
+        var = apart.square().sum(axis, keepdim=True) / freedom
+    var, floored = var + variance.added, None
+    if variance.floor:
+        var, floored = var.clamp(min=variance.floor), var < variance.floor
     rstd = var.sqrt().reciprocal()
-    domain = valid | skipped if exclude else None
-    return Slices(x, axis, valid, domain, count, skipped, shifted, rstd, (shifted - mean) * rstd)
+    domain = (valid if skipped is None else valid | skipped) if exclude else None
+    deviation = shifted - mean
+    return Slices(x, axis, valid, domain, count, freedom, skipped, shifted, rstd, floored, deviation, deviation * rstd)
 
 
 def normalise(s: Slices, density: Density, normalize: str, eps: float) -> Weights:
@@ -151,6 +175,11 @@ def normalise(s: Slices, density: Density, normalize: str, eps: float) -> Weight
     if s.skipped is not None:
         values = torch.where(s.skipped, s.valid.to(values.dtype), values)
     return Weights(values, scale, clamped)
+
+
+def as_they_are(density: Density) -> Weights:
+    """Weights of a density that is not normalised, as if a clamp at 1 were active everywhere."""
+    return Weights(density.values, torch.ones_like(density.log_peak), density.values.new_ones((), dtype=torch.bool))
 
 
 def sum_over_slices(t: Tensor, s: Slices) -> Tensor:

@@ -86,7 +86,7 @@ def test_split_weights_come_from_the_same_launch(small_tiles, launched):
 
 def test_split_gradient_without_saved_statistics(small_tiles):
     x, grad, parameters = inputs((2, 300), 1, torch.float64)
-    options = (1, None, "zero", "clamp", 1e-8, False, "product")
+    options = (1, None, "zero", "clamp", 1e-8, False, "product", True)
     *got, _ = torch.ops.daam_kernels.density_attention_backward(
         grad, x, *parameters, None, None, x.new_empty(0), *options, "triton"
     )

@@ -25,9 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 forward = torch.ops.daam_kernels.density_attention.default
 backward = torch.ops.daam_kernels.density_attention_backward.default
 
-# norm_axis, padding_value, padding_stats, normalize, eps, residual, density
-PLAIN = (1, None, "zero", "clamp", 1e-8, False, "mixture")
-PADDED = (1, 7.0, "exclude", "softmax", 1e-6, True, "mixture")
+# norm_axis, padding_value, padding_stats, normalize, eps, residual, density, multiply
+PLAIN = (1, None, "zero", "clamp", 1e-8, False, "mixture", True)
+PADDED = (1, 7.0, "exclude", "softmax", 1e-6, True, "mixture", True)
 
 
 def inputs(backend, dtype=torch.float32, shape=(2, 12, 3), num_heads=2, parameters_type=None):
