@@ -30,7 +30,7 @@ from .density_math import (
     merge_statistics,
     mixture_at_peak,
     mixture_density,
-    mixture_peak,
+    mixture_over_peak,
     normaliser,
     product_at_peak,
     product_quadratic,
@@ -82,9 +82,9 @@ def forward_resident(
     rstd = reciprocal_sqrt(var)
     if MIXTURE:
         gap = shifted * rstd[None, :]
-        top = mixture_peak(gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC)
-        weights = mixture_density(
-            gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
+        asked = inside & (count > 0.0)
+        weights, top = mixture_over_peak(
+            gap, mean, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
         )
         log_peak = mixture_at_peak(top, EPS)
     else:
@@ -198,14 +198,13 @@ def split_normaliser(
         before = peak
         if MIXTURE:
             gap = (x - x0[None, :]) * rstd[None, :]
-            found = mixture_peak(
-                gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
+            asked = tl.max(domain.to(tl.int32), axis=0) > 0
+            densities, found = mixture_over_peak(
+                gap, mean, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
             )
             peak = tl.maximum(before, found)
-            densities = mixture_density(
-                gap, mean, rstd, domain, peak, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
-            )
             kept = total * tl.exp2(before - peak)
+            densities *= tl.exp2(found - peak)[None, :]
         else:
             z = standardise(x - x0[None, :], mean, rstd, center)
             found = find_peak(z, domain)

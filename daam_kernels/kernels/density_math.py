@@ -12,6 +12,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 TWO_PI = tl.constexpr(6.283185307179586)
+FADED = tl.constexpr(2.0**-32)  # sums of densities below it, or above its inverse, lie far from their peak
 FAR = tl.constexpr(3e38)  # farther than any z^2, finite so that differences of it are numbers
 
 
@@ -228,17 +229,29 @@ def load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussian
     offset = tl.load(mean_offsets_ptr + at).to(ACC)
     width = tl.load(c_ptr + at).to(ACC)
     share = tl.load(log_shares_ptr + at).to(ACC) * LOG2_E
-    return offset, inverse_of(width * width), share
+    return offset, 1.0 / (width * width), share
 
 
 @triton.jit
-def mixture_term(gap, from_x0, inverse, share):
-    """log2 of a Gaussian's density times its share; gap is (x - x0) / sqrt(var), and from_x0 the Gaussian's -gap.
+def gaussian_term(gap, mean, rstd, offset, inverse, share, top):
+    """log2 of a Gaussian's density times its share, less ``top``; gap is (x - x0) / sqrt(var).
 
-    The square of their sum is taken in two parts, so that what all elements have in common costs no digits.
+    Two fused multiplications an element: what all elements of a slice have in common is in the constant, where it
+    costs no digits.
     """
+    from_x0 = (mean + offset) * rstd
     half = inverse * (0.5 * LOG2_E)
-    return (share - from_x0 * from_x0 * half)[None, :] - gap * (gap + 2.0 * from_x0[None, :]) * half
+    constant = share - from_x0 * from_x0 * half
+    return (constant[None, :] + gap * ((2.0 * from_x0 * half)[None, :] - gap * half)) - top[None, :]
+
+
+@triton.jit
+def mixture_term(
+    gap, mean, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC: tl.constexpr
+):
+    """The term of Gaussian k of the head."""
+    offset, inverse, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+    return gaussian_term(gap, mean, rstd, offset, inverse, share, top)
 
 
 @triton.jit
@@ -246,30 +259,67 @@ def mixture_peak(
     gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC: tl.constexpr
 ):
     """The largest term of each slice's mixture, as log2; -FAR where there is none."""
-    top = tl.zeros_like(rstd) - FAR
+    nothing = tl.zeros_like(rstd)
+    top = nothing - FAR
     for k in range(num_gaussians):
-        offset, inverse, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
-        term = mixture_term(gap, -(mean + offset) * rstd, inverse, share)
+        term = mixture_term(
+            gap, mean, rstd, nothing, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC
+        )
         top = tl.maximum(top, tl.max(tl.where(domain, term, -FAR), axis=0))
     return top
+
+
+@triton.jit
+def largest_share(log_shares_ptr, head, num_gaussians, ACC: tl.constexpr):
+    """log2 of the head's largest share: above every term, and about the largest where a slice reaches its Gaussian."""
+    first = log_shares_ptr + head.to(tl.int64) * num_gaussians
+    largest = tl.load(first)
+    for k in range(1, num_gaussians):
+        largest = tl.maximum(largest, tl.load(first + k))
+    return tl.maximum(largest.to(ACC) * LOG2_E, -FAR)
 
 
 @triton.jit
 def mixture_density(
     gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC: tl.constexpr
 ):
-    """The densities over the slice's largest term, whose log2 is ``top``: K exponentials an element."""
+    """The densities over 2^``top``: K exponentials an element."""
     densities = tl.zeros_like(gap)
     for k in range(num_gaussians):
-        offset, inverse, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
-        term = mixture_term(gap, -(mean + offset) * rstd, inverse, share)
-        densities += tl.exp2(term - top[None, :])
+        densities += tl.exp2(
+            mixture_term(gap, mean, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+        )
     return tl.where(domain, densities, 0.0)
 
 
 @triton.jit
+def mixture_over_peak(
+    gap, mean, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC: tl.constexpr
+):
+    """(densities over a peak of their slice, log2 of the peak).
+
+    The peak is the largest share, which costs nothing to find. Only where the sum says that this will not do is it the
+    slice's largest term: where all of the slice lies far from all Gaussians, or they are so narrow that rounding lifts
+    a term above its share. ``asked`` marks the slices that count.
+    """
+    top = tl.zeros_like(rstd) + largest_share(log_shares_ptr, head, num_gaussians, ACC)
+    densities = mixture_density(
+        gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
+    )
+    total = tl.sum(densities, axis=0)
+    far = asked & ((total < FADED) | (total > 1.0 / FADED))
+    if tl.max(far.to(tl.int32), axis=0) > 0:
+        peak = mixture_peak(gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC)
+        top = tl.where(far, peak, top)
+        densities = mixture_density(
+            gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
+        )
+    return densities, top
+
+
+@triton.jit
 def mixture_at_peak(top, EPS: tl.constexpr):
-    """log2 of the largest term over eps."""
+    """log2 of the peak over eps."""
     return top - (tl.log(tl.full([], EPS, tl.float64)) * LOG2_E).to(top.dtype)
 
 
@@ -374,7 +424,7 @@ def merge_statistics(partials_ptr, number, num_slices, num_chunks, inside, EPS: 
 
 @triton.jit
 def merge_mixture(partials_ptr, number, num_slices, num_chunks, inside, BLOCK_C: tl.constexpr):
-    """(log2 of the largest term, sum of densities over it) of whole slices from those of their runs."""
+    """(log2 of the peak, sum of densities over it) of whole slices from those of their runs."""
     at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
     tops = tl.load(partials_ptr + at, mask=there, other=-FAR)
     totals = tl.load(partials_ptr + num_slices * num_chunks + at, mask=there, other=0.0)

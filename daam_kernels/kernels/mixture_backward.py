@@ -26,6 +26,7 @@ from .density_math import (
     find_valid,
     finish_weights,
     first_valid,
+    gaussian_term,
     input_gradient,
     load_gaussian,
     load_statistics,
@@ -33,8 +34,7 @@ from .density_math import (
     merge_mixture,
     mixture_at_peak,
     mixture_density,
-    mixture_peak,
-    mixture_term,
+    mixture_over_peak,
     normaliser,
     partial_offsets,
     pick_first,
@@ -54,11 +54,10 @@ from .host import SIZES, arithmetic_type, device_of, prepare, run
 def gaussian_part(
     gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC: tl.constexpr
 ):
-    """Of one Gaussian: (its part of the densities over the slice's largest term, e, 1 / c^2)."""
+    """Of one Gaussian: (its part of the densities over 2^top, e, 1 / c^2)."""
     offset, inverse, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
-    from_x0 = -(mean + offset) * rstd
-    term = mixture_term(gap, from_x0, inverse, share)
-    return tl.where(domain, tl.exp2(term - top[None, :]), 0.0), gap + from_x0[None, :], inverse
+    term = gaussian_term(gap, mean, rstd, offset, inverse, share, top)
+    return tl.where(domain, tl.exp2(term), 0.0), gap - ((mean + offset) * rstd)[None, :], inverse
 
 
 @triton.jit
@@ -141,9 +140,9 @@ def mixture_backward_resident(
     gap = shifted * rstd[None, :]
     if EXCLUDE:
         gap = tl.where(valid, gap, 0.0)
-    top = mixture_peak(gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC)
-    densities = mixture_density(
-        gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
+    asked = inside & (count > 0.0)
+    densities, top = mixture_over_peak(
+        gap, mean, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
     )
     scale, clamped = normaliser(mixture_at_peak(top, EPS), tl.sum(densities, axis=0), CLAMP)
     weights = finish_weights(densities, scale, valid, count, EXCLUDE)

@@ -76,6 +76,14 @@ def test_bits_do_not_depend_on_the_run(small_tiles, shape):
         assert_same_bits(one, other)
 
 
+@pytest.mark.parametrize("shape", [(3, 40), (2, 331)], ids=["resident", "split"])
+def test_slices_far_from_all_gaussians(small_tiles, shape):
+    """Their densities are below any float: what is normalised are ratios of them. One head's are where they may be."""
+    x, grad, (mean_offsets, c, weights) = inputs(shape, 2, torch.float64)
+    mean_offsets[0] += 100
+    check(x, grad, (mean_offsets, torch.full_like(c, 2.0), weights), norm_axis=1, normalize="softmax")
+
+
 def test_narrow_gaussians_far_from_the_data_stay_finite():
     x, grad, (mean_offsets, c, weights) = inputs((4, 40), 2, torch.float32)
     for width, offset in ((1e-6, 0.0), (1e-6, 1e3), (1e6, 1e3), (1e-3, 50.0)):

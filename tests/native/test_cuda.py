@@ -127,8 +127,8 @@ def problems(draw):
     shape = (*axes[:axis], length, *(n * draw(st.sampled_from([1, 8])) for n in axes[axis:]))
     rng, dtype = generator(draw(st.integers(0, 99))), draw(st.sampled_from(DTYPES))
     normalize = draw(st.sampled_from(["clamp", "softmax"]))
-    # Of narrow Gaussians, and of more than the contract's 16 that the clamp fades to exp(-60), the truth of a handful of
-    # slices is ill-conditioned in float32.
+    # Of narrow Gaussians, and of more than the contract's 16 that the clamp fades to exp(-60), the truth of a handful
+    # of slices is ill-conditioned in float32.
     num_gaussians = draw(st.integers(1, 16 if normalize == "clamp" else 40))
     x, mean_offsets, c, grad = problem_of(shape, dtype, num_heads, rng, num_gaussians, width=2.0)
     options = dict(
