@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ def density_attention(
     residual: bool = False,
     return_weights: bool = False,
     backend: str = "auto",
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Weigh x by the density of its own values: fused density adaptive attention.
 
@@ -74,17 +77,30 @@ def density_attention(
         return_weights: return (y, weights), the weights detached.
         backend: ``"auto"``, ``"triton"``, ``"native"``, ``"cuda"`` or ``"reference"``; see
             ``available_backends()``. The environment variable DAAM_KERNELS_BACKEND overrides auto.
+        cu_seqlens: int32 or int64, [num_sequences + 1], on x's device, of sequences packed along ``norm_axis``, which
+            must be 0: x is [total, *features], and sequence i its rows cu_seqlens[i] to cu_seqlens[i + 1]. It starts
+            with 0 and ends with total. Every sequence is normalised by itself: heads are cut within it, and it has at
+            least 2 elements for each (1 for the gate and the gaussian). On a GPU its numbers are read and checked once
+            for each tensor, and again when that has changed, which waits for the GPU; while a CUDA graph is captured
+            they are neither.
+        max_seqlen: the length of the longest sequence, or more, from which Triton's tiles are chosen; None: read from
+            ``cu_seqlens``. Needed while a CUDA graph is captured.
+
+    A nested x of the jagged layout, [batch, j, *features], is taken as it is, with its ragged axis, 1, as
+    ``norm_axis``: its values are packed sequences already, ``cu_seqlens`` its offsets. ``mask`` is then a nested tensor
+    with the same offsets, or broadcasts to the values. No padding is made.
 
     Returns:
         y: x's shape, type and memory layout; x * weights where x is valid, x where it is padding.
-        weights: with ``return_weights``, the same shape, type and layout.
+        weights: with ``return_weights``, the same shape, type and layout. For a nested x both are nested, with its
+            offsets. Of packed sequences with several axes of features, both may be contiguous instead.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what it got and what it takes.
         RuntimeError: the backend was asked for by name and cannot serve x.
     """
     call = None
-    if density == "product" and weights is None:
+    if density == "product" and weights is None and cu_seqlens is None and max_seqlen is None:
         call = eager.signature(
             x, mean_offsets, c, mask, return_weights,
             norm_axis, padding_value, padding_stats, normalize, eps, residual, backend,
@@ -92,6 +108,12 @@ def density_attention(
         run = eager.remembered(call)
         if run is not None:
             return run(x, mean_offsets, c)
+    x_nested = None
+    if isinstance(x, Tensor) and x.is_nested:
+        x_nested = _check_nested(x, norm_axis, cu_seqlens)
+        x, cu_seqlens, norm_axis = x.values(), x.offsets(), 0
+        if isinstance(mask, Tensor) and mask.is_nested:
+            mask = _check_nested_mask(mask, x_nested).values()
     options = DensityOptions(
         _check_axis(norm_axis, x),
         _check_padding_value(padding_value),
@@ -100,15 +122,18 @@ def density_attention(
         _check_eps(_DEFAULT_EPS.get(density, 1e-8) if eps is None else eps, x),
         bool(residual),
         _check_choice("density", density, _DENSITIES),
+        max_seqlen=_check_max_seqlen(max_seqlen, cu_seqlens),
     )
     if normalize != "clamp" and not options.normalised:
         raise ValueError(f"normalize must not be given for density={density!r}, whose weights are as they are")
     if (weights is None) != (density != "mixture"):
         what = "None" if weights is None else "them"
         raise ValueError(f"weights must be given for density='mixture', and for it alone, got {what} for {density!r}")
-    return _attend(
-        x, mean_offsets, c, weights, bool(weights_softmax), mask, options, bool(return_weights), backend, call
-    )
+    arguments = mask, cu_seqlens, options, bool(return_weights), backend, call
+    results = _attend(x, mean_offsets, c, weights, bool(weights_softmax), *arguments)
+    if x_nested is None:
+        return results
+    return _map(lambda t: torch.nested.nested_tensor_from_jagged(t, x_nested.offsets()), results)
 
 
 def density_weights(
@@ -138,10 +163,10 @@ def density_weights(
         _check_choice("density", density, ("gate", "gaussian")),
         multiply=False,
     )
-    return _attend(x, mean_offsets, c, None, False, mask, options, False, backend, None)
+    return _attend(x, mean_offsets, c, None, False, mask, None, options, False, backend, None)
 
 
-def _attend(x, mean_offsets, c, weights, weights_softmax, mask, options, return_weights, backend, call):
+def _attend(x, mean_offsets, c, weights, weights_softmax, mask, cu_seqlens, options, return_weights, backend, call):
     """What is left to check once the options are, and then the operator."""
     if options.density == "gaussian":
         _check_gaussians(x, math.prod(x.shape[options.norm_axis + 1 :]), mean_offsets=mean_offsets, c=c)
@@ -149,15 +174,33 @@ def _attend(x, mean_offsets, c, weights, weights_softmax, mask, options, return_
         _check_gaussians(x, mean_offsets=mean_offsets, c=c)
     if weights is not None:
         _check_gaussians(x, mean_offsets=mean_offsets, weights=weights)
-    fewest = 2 if options.normalised else 1
-    _check_heads(x.shape[options.norm_axis], mean_offsets.shape[0], options.norm_axis, fewest)
+    if cu_seqlens is None:
+        _check_heads(x.shape[options.norm_axis], mean_offsets.shape[0], options.norm_axis, options.fewest)
+    else:
+        _check_cu_seqlens(cu_seqlens, x, options.norm_axis)
     if mask is not None:
         _check_mask(mask, x)
     _check_choice("backend", backend, ("auto", *BACKENDS))
     log_shares = None if weights is None else _log_shares(weights, weights_softmax)
     if options.density == "gate":
         c, log_shares = gate_widths(c.to(torch.promote_types(torch.promote_types(c.dtype, x.dtype), torch.float32)))
-    return apply(x, mean_offsets, c, log_shares, mask, options, return_weights, backend, call)
+    arguments = options, return_weights, backend, call
+    if cu_seqlens is None:
+        return apply(x, mean_offsets, c, log_shares, mask, None, *arguments)
+    shape = x.shape
+    mask = None if mask is None else _rows_of_features(mask.expand(shape))
+    results = apply(_rows_of_features(x), mean_offsets, c, log_shares, mask, cu_seqlens.contiguous(), *arguments)
+    return results if len(shape) == 2 else _map(lambda t: t.reshape(shape), results)
+
+
+def _rows_of_features(x: Tensor) -> Tensor:
+    """[total, *features] as [total, features]."""
+    return x.unsqueeze(1) if x.dim() == 1 else x.flatten(1)
+
+
+def _map(function: Callable[[Tensor], Tensor], results: Tensor | tuple[Tensor, Tensor]):
+    """The function of y, or of y and the weights."""
+    return tuple(map(function, results)) if isinstance(results, tuple) else function(results)
 
 
 def _log_shares(weights: Tensor, softmax: bool) -> Tensor:
@@ -215,6 +258,63 @@ def _check_heads(length: int, num_heads: int, axis: int, fewest: int = 2) -> Non
             f"x must have at least {fewest} element{'s' * (fewest > 1)} per head along norm_axis: its size along axis "
             f"{axis} is {length}, and {num_heads} head(s) take at least {fewest * num_heads}"
         )
+
+
+def _check_nested(x: Tensor, norm_axis: int, cu_seqlens: Tensor | None) -> Tensor:
+    if x.layout != torch.jagged:
+        raise ValueError(
+            f"x must be dense or a nested tensor of the layout torch.jagged, got a nested one of {x.layout}"
+        )
+    if cu_seqlens is not None:
+        raise ValueError("cu_seqlens must be None for a nested x, which has offsets of its own")
+    if x._ragged_idx != 1:
+        raise ValueError(f"x, a nested tensor, must have its ragged axis at 1, got it at {x._ragged_idx}")
+    if x.lengths() is not None:
+        raise ValueError(
+            "x, a nested tensor, must have sequences that follow one another without gaps, got one with lengths() of "
+            "its own; x.contiguous() has none"
+        )
+    if _check_axis(norm_axis, x) != 1:
+        raise ValueError(
+            f"norm_axis must be the ragged axis of a nested x, 1 or {1 - x.dim()}, got {norm_axis}: "
+            "pass norm_axis=1, or x.values() for another axis"
+        )
+    return x
+
+
+def _check_nested_mask(mask: Tensor, x: Tensor) -> Tensor:
+    if mask.layout != torch.jagged or mask.lengths() is not None or mask.offsets() is not x.offsets():
+        raise ValueError("mask, a nested tensor, must be of the layout torch.jagged with x's own offsets")
+    return mask
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, axis: int) -> None:
+    """All but its numbers, which are checked where they are there."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must have shape [num_sequences + 1], got {_shape(cu_seqlens)}")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens must be on x's device, {x.device}, got {cu_seqlens.device}")
+    if axis != 0:
+        raise ValueError(
+            f"norm_axis must be 0, the packed axis of x, where cu_seqlens is given, got axis {axis} of x of shape "
+            f"{_shape(x)}: pass norm_axis=0"
+        )
+
+
+def _check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None) -> int | None:
+    if max_seqlen is None:
+        return None
+    if cu_seqlens is None:
+        raise ValueError(f"max_seqlen must be None without cu_seqlens, got {max_seqlen!r}")
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
+        raise TypeError(f"max_seqlen must be an int or None, got {type(max_seqlen).__name__}")
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
+    return max_seqlen
 
 
 def _check_mask(mask: Tensor, x: Tensor) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .options import DensityOptions
+from .sequences import packing
 from .slices import slice_view, with_views
 
 CUDA_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -165,7 +166,8 @@ def bound_backward(known: Problem) -> Callable[[Tensor, Tensor, Tensor, Tensor],
     backward, parallel_for = library.backward, library.parallel_for
 
     def gradients(grad, x, mean_offsets, c):
-        dx, d_offsets, d_c = _new_gradients(x, mean_offsets, c)
+        dx = torch.empty_like(x)
+        d_offsets, d_c = _new_gradients(mean_offsets, c)
         code = backward(
             known.address, grad.data_ptr(), x.data_ptr(), mean_offsets.data_ptr(), c.data_ptr(), None,
             dx.data_ptr(), d_offsets.data_ptr(), d_c.data_ptr(), parallel_for,
@@ -206,13 +208,20 @@ def density_forward(
 
 
 def density_backward(
-    grad: Tensor, x: Tensor, mean_offsets: Tensor, c: Tensor, mask: Tensor | None, options: DensityOptions
+    grad: Tensor,
+    x: Tensor,
+    mean_offsets: Tensor,
+    c: Tensor,
+    mask: Tensor | None,
+    options: DensityOptions,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dmean_offsets, dc) for y's gradient, on the device of x: CPU or CUDA."""
+    """(dx, dmean_offsets, dc) for y's gradient, on the device of x: CPU or CUDA. ``dx``: what to fill with it."""
     if mean_offsets.dtype not in _TYPES or c.dtype not in _TYPES:
-        dx, d_offsets, d_c = density_backward(grad, x, _served(mean_offsets), _served(c), mask, options)
+        dx, d_offsets, d_c = density_backward(grad, x, _served(mean_offsets), _served(c), mask, options, dx)
         return dx, d_offsets.to(mean_offsets.dtype), d_c.to(c.dtype)
-    dx, d_offsets, d_c = _new_gradients(x, mean_offsets, c)
+    dx = torch.empty_like(x) if dx is None else dx
+    d_offsets, d_c = _new_gradients(mean_offsets, c)
     if not x.numel():
         return dx, d_offsets.zero_(), d_c.zero_()
     known, (x, grad), mask = _prepare(mean_offsets, c, mask, options, dx, x, grad)
@@ -233,9 +242,47 @@ def density_backward(
     return dx, d_offsets, d_c
 
 
-def _new_gradients(x: Tensor, mean_offsets: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def ragged_forward(
+    x: Tensor,
+    mean_offsets: Tensor,
+    c: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    options: DensityOptions,
+    y: Tensor,
+    weights: Tensor | None,
+) -> None:
+    """The same of packed sequences, one after another; x is [total, features]."""
+    mask, options = None if mask is None else mask.expand(x.shape), options._replace(max_seqlen=None)
+    for rows in packing(cu_seqlens).rows:
+        part_mask, part_weights = (None if t is None else t[rows] for t in (mask, weights))
+        density_forward(x[rows], mean_offsets, c, part_mask, options, y[rows], part_weights)
+
+
+def ragged_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean_offsets: Tensor,
+    c: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    options: DensityOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of packed sequences; what they give to the parameters is added in float64, the first one first."""
+    dx = torch.empty_like(x)
+    mask, options = None if mask is None else mask.expand(x.shape), options._replace(max_seqlen=None)
+    parameters = mean_offsets.double(), c.double()
+    sums = [torch.zeros_like(p) for p in parameters]
+    for rows in packing(cu_seqlens).rows:
+        part_mask = None if mask is None else mask[rows]
+        _, *gradients = density_backward(grad[rows], x[rows], *parameters, part_mask, options, dx[rows])
+        for total, gradient in zip(sums, gradients):
+            total += gradient
+    return dx, sums[0].to(mean_offsets.dtype), sums[1].to(c.dtype)
+
+
+def _new_gradients(mean_offsets: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return (
-        torch.empty_like(x),
         torch.empty_like(mean_offsets, memory_format=torch.contiguous_format),
         torch.empty_like(c, memory_format=torch.contiguous_format),
     )

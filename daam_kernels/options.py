@@ -8,7 +8,10 @@ import torch
 
 
 class DensityOptions(NamedTuple):
-    """Checked options: ``norm_axis`` is not negative, the strings are among the allowed ones."""
+    """Checked options: ``norm_axis`` is not negative, the strings are among the allowed ones.
+
+    ``max_seqlen`` is of packed sequences alone, and may be None for them too: not known on the host.
+    """
 
     norm_axis: int
     padding_value: float | None
@@ -18,10 +21,17 @@ class DensityOptions(NamedTuple):
     residual: bool
     density: str = "product"
     multiply: bool = True  # False: the weights in the place of y, of a density that is not normalised
+    max_seqlen: int | None = None
 
     @property
     def normalised(self) -> bool:
         return self.density in ("product", "mixture")
+
+    @property
+    def fewest(self) -> int:
+        """Elements that a slice must have: the unbiased variance, which only densities that are not normalised lack,
+        takes two."""
+        return 2 if self.normalised else 1
 
     def padding_in(self, dtype: torch.dtype) -> float | None:
         """The padding value rounded to x's type, as torch compares; None for a NaN too, which nothing equals."""

@@ -12,12 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SliceView:
-    """Sizes of [outer, R, inner], and for each tensor its three strides in elements."""
+    """Sizes of [outer, R, inner], and for each tensor its three strides in elements.
+
+    ``packed``: outer counts sequences that lie one after another along R, and length is the most that one may have.
+    """
 
     outer: int
     length: int
     inner: int
     strides: tuple[tuple[int, int, int], ...]
+    packed: bool = False
 
 
 @lru_cache(maxsize=4096)
@@ -37,6 +41,12 @@ def slice_view(shape: tuple[int, ...], axis: int, dense: tuple[int, ...], *other
             strides = tuple((o, layout[axis], i) for (o, i), layout in zip(merged, (dense, *others)))
             return SliceView(prod(shape[d] for d in outer), shape[axis], prod(shape[d] for d in inner), strides)
     return None
+
+
+def packed_view(num_sequences: int, max_seqlen: int, features: int, *layouts: tuple[int, int]) -> SliceView:
+    """Sequences packed along the first axis of tensors [total, features] that have these strides."""
+    strides = tuple((0, row, feature) for row, feature in layouts)
+    return SliceView(num_sequences, max_seqlen, features, strides, packed=True)
 
 
 def with_views(out: Tensor, axis: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -92,7 +92,7 @@ def save_partials(partials_ptr, head, block, num_partials, t0, u1, u2, rstd, ins
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_resident(
-    x_ptr, g_ptr, dx_ptr, mask_ptr, stats_ptr, partials_ptr, mean_offsets_ptr, c_ptr,
+    x_ptr, g_ptr, dx_ptr, mask_ptr, cu_seqlens_ptr, stats_ptr, partials_ptr, mean_offsets_ptr, c_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_partials,
     dx_stride_o, dx_stride_r, dx_stride_i, x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
@@ -101,7 +101,9 @@ def backward_resident(
     COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g, writes dx, and four sums per block. One sweep."""
-    head, block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
+    head, block, start, n, o, i, inside = program_slices(
+        cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
+    )
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
     a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
     r = tl.arange(0, BLOCK_R)
@@ -169,7 +171,7 @@ def backward_resident(
 
 @triton.jit(do_not_specialize=SIZES)
 def split_sums(
-    x_ptr, g_ptr, mask_ptr, stats_ptr, sums_ptr, mean_offsets_ptr, c_ptr,
+    x_ptr, g_ptr, mask_ptr, cu_seqlens_ptr, stats_ptr, sums_ptr, mean_offsets_ptr, c_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, tiles,
     x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
@@ -178,7 +180,9 @@ def split_sums(
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g; writes what ``merge_sums`` needs of each run: 10 numbers, [10, chunks, slices]."""
-    head, _block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
+    head, _block, start, n, o, i, inside = program_slices(
+        cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
+    )
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
     a, center, _spread, _level = product_quadratic(offset, width, real, EPS, ACC)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
@@ -301,7 +305,7 @@ def merge_sums(
 
 @triton.jit(do_not_specialize=SIZES)
 def split_gradient(
-    x_ptr, g_ptr, dx_ptr, mask_ptr, stats_ptr, sums_ptr, partials_ptr, mean_offsets_ptr, c_ptr,
+    x_ptr, g_ptr, dx_ptr, mask_ptr, cu_seqlens_ptr, stats_ptr, sums_ptr, partials_ptr, mean_offsets_ptr, c_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, num_partials, tiles,
     dx_stride_o, dx_stride_r, dx_stride_i, x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
@@ -310,7 +314,9 @@ def split_gradient(
     VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g, writes dx, and four sums per block of slices."""
-    head, block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
+    head, block, start, n, o, i, inside = program_slices(
+        cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
+    )
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
     a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
@@ -399,23 +405,24 @@ def density_backward(
     stats: Tensor | None,
     options: DensityOptions,
     log_shares: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """(dx, dmean_offsets, dc), and of a mixture dlog_shares.
 
     ``stats`` is what the forward pass saved, None where it saved nothing.
     """
     if log_shares is not None:
-        return mixture_backward(grad, x, mean_offsets, c, log_shares, mask, options)
+        return mixture_backward(grad, x, mean_offsets, c, log_shares, mask, options, cu_seqlens)
     mean_offsets, c = mean_offsets.contiguous(), c.contiguous()
     dx = torch.empty_like(x)
     gradients = torch.empty_like(mean_offsets), torch.empty_like(c)
     if x.numel() == 0:
         return dx, *(t.zero_() for t in gradients)
-    launch, (x, g), mask = prepare(x, mean_offsets, mask, options, ("dx", "x", "g"), dx, grad)
+    launch, (x, g), mask = prepare(x, mean_offsets, mask, cu_seqlens, options, ("dx", "x", "g"), dx, grad)
     heads, blocks = mean_offsets.shape[0], launch.values["num_partials"]
     partials = x.new_empty((heads, 4, blocks), dtype=arithmetic_type(x))
     pointers = dict(
-        x_ptr=x, g_ptr=g, dx_ptr=dx, mask_ptr=mask, stats_ptr=stats, partials_ptr=partials,
+        x_ptr=x, g_ptr=g, dx_ptr=dx, mask_ptr=mask, cu_seqlens_ptr=cu_seqlens, stats_ptr=stats, partials_ptr=partials,
         mean_offsets_ptr=mean_offsets, c_ptr=c, d_mean_offsets_ptr=gradients[0], d_c_ptr=gradients[1],
     )  # fmt: skip
     with device_of(x):
@@ -423,8 +430,8 @@ def density_backward(
             run(backward_resident, launch, pointers)
         else:
             if stats is None:  # only where the operator is called by hand: the forward pass saves them
-                pointers["stats_ptr"] = partials.new_empty((3, launch.num_slices))
-                density_forward(x, mean_offsets, c, mask, options, dx, None, pointers["stats_ptr"])
+                stats = pointers["stats_ptr"] = partials.new_empty((3, launch.num_slices))
+                density_forward(x, mean_offsets, c, mask, options, dx, None, stats, cu_seqlens=cu_seqlens)
             pointers["sums_ptr"] = partials.new_empty((10, launch.tile.num_chunks, launch.num_slices))
             run(split_sums, launch, pointers)
             run(split_gradient, launch, pointers)

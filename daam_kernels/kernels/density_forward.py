@@ -51,7 +51,7 @@ from .host import SIZES, arithmetic_type, device_of, prepare, run
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_resident(
-    x_ptr, y_ptr, weights_ptr, mask_ptr, stats_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
+    x_ptr, y_ptr, weights_ptr, mask_ptr, cu_seqlens_ptr, stats_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices,
     y_stride_o, y_stride_r, y_stride_i, x_stride_o, x_stride_r, x_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
@@ -61,7 +61,9 @@ def forward_resident(
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Reads x, writes y, the weights and 3 numbers per slice where asked for. One sweep."""
-    head, _block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
+    head, _block, start, n, o, i, inside = program_slices(
+        cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
+    )
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     y_base = slice_offsets(o, i, start, y_stride_o, y_stride_r, y_stride_i, COLUMNS, VEC)
     r = tl.arange(0, BLOCK_R)
@@ -110,14 +112,16 @@ def forward_resident(
 
 @triton.jit(do_not_specialize=SIZES)
 def split_statistics(
-    x_ptr, mask_ptr, partials_ptr,
+    x_ptr, mask_ptr, cu_seqlens_ptr, partials_ptr,
     outer, chunk, length, inner, num_heads, num_slices, num_chunks, tiles,
     x_stride_o, x_stride_r, x_stride_i, mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Reads x; writes (count, x0, mean - x0, sum of squared deviations) of each run of a slice."""
-    head, _block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
+    head, _block, start, n, o, i, inside = program_slices(
+        cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
+    )
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     if PADDED:
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
@@ -159,7 +163,7 @@ def split_statistics(
 
 @triton.jit(do_not_specialize=SIZES)
 def split_normaliser(
-    x_ptr, mask_ptr, moments_ptr, merged_ptr, partials_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
+    x_ptr, mask_ptr, cu_seqlens_ptr, moments_ptr, merged_ptr, partials_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, tiles,
     x_stride_o, x_stride_r, x_stride_i, mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
@@ -168,7 +172,9 @@ def split_normaliser(
 ):  # fmt: skip
     """Reads x; writes the merged statistics, and of each run (peak, x there, sum of densities over that one's), or of a
     mixture (log2 of the largest term, sum of densities over it)."""
-    head, _block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
+    head, _block, start, n, o, i, inside = program_slices(
+        cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
+    )
     if not MIXTURE:
         offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
         a, center, _spread, _level = product_quadratic(offset, width, real, EPS, ACC)
@@ -227,7 +233,7 @@ def split_normaliser(
 
 @triton.jit(do_not_specialize=SIZES)
 def split_output(
-    x_ptr, y_ptr, weights_ptr, mask_ptr, moments_ptr, merged_ptr, partials_ptr, stats_ptr,
+    x_ptr, y_ptr, weights_ptr, mask_ptr, cu_seqlens_ptr, moments_ptr, merged_ptr, partials_ptr, stats_ptr,
     mean_offsets_ptr, c_ptr, log_shares_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, tiles,
     y_stride_o, y_stride_r, y_stride_i, x_stride_o, x_stride_r, x_stride_i,
@@ -238,7 +244,9 @@ def split_output(
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads x, writes y, the weights and 3 numbers per slice where asked for."""
-    head, _block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
+    head, _block, start, n, o, i, inside = program_slices(
+        cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
+    )
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     y_base = slice_offsets(o, i, start, y_stride_o, y_stride_r, y_stride_i, COLUMNS, VEC)
     if PADDED:
@@ -298,16 +306,18 @@ def density_forward(
     weights: Tensor | None,
     stats: Tensor | None,
     log_shares: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> None:
     """Fill y, and weights and stats where they are given; all of them as the operator allocates them.
 
-    log_shares [heads, K]: natural logarithms of the shares of a mixture, which has no stats.
+    log_shares [heads, K]: natural logarithms of the shares of a mixture, which has no stats. cu_seqlens
+    [sequences + 1]: where the sequences of a packed x [total, features] begin, and the last one ends.
     """
     if x.numel() == 0:
         return
-    launch, (x,), mask = prepare(x, mean_offsets, mask, options, ("y", "x"), y)
+    launch, (x,), mask = prepare(x, mean_offsets, mask, cu_seqlens, options, ("y", "x"), y)
     pointers = dict(
-        x_ptr=x, y_ptr=y, weights_ptr=weights, mask_ptr=mask, stats_ptr=stats,
+        x_ptr=x, y_ptr=y, weights_ptr=weights, mask_ptr=mask, cu_seqlens_ptr=cu_seqlens, stats_ptr=stats,
         mean_offsets_ptr=mean_offsets.contiguous(), c_ptr=c.contiguous(), log_shares_ptr=log_shares,
     )  # fmt: skip
     with device_of(x):

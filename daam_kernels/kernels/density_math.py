@@ -77,14 +77,25 @@ def slice_coordinates(block, outer, inner, COLUMNS: tl.constexpr, VEC: tl.conste
 
 @triton.jit
 def program_slices(
-    num_heads, chunk, length, outer, inner, COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_S: tl.constexpr
-):
+    cu_seqlens_ptr, num_heads, chunk, length, outer, inner,
+    COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
     """What a program works on: (head, block of slices, first row, rows, and of each slice: position in outer, in
-    inner, whether it is inside)."""
+    inner, whether it is inside).
+
+    With ``cu_seqlens_ptr`` outer counts sequences packed along R, and a block has slices of one of them, rows too.
+    """
     head = tl.program_id(0) % num_heads
     block = tl.program_id(0) // num_heads
-    start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
-    o, i, inside = slice_coordinates(block, outer, inner, COLUMNS, VEC, BLOCK_S)
+    if cu_seqlens_ptr is None:
+        start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
+        o, i, inside = slice_coordinates(block, outer, inner, COLUMNS, VEC, BLOCK_S)
+    else:  # VEC is 1 in rows, so both ways of counting in units of it are the same
+        o, i, inside = slice_coordinates(block, outer, inner, True, VEC, BLOCK_S)
+        begin = tl.load(cu_seqlens_ptr + o).to(tl.int64)
+        own = tl.load(cu_seqlens_ptr + o + 1).to(tl.int64) - begin
+        start, n = head_span(head, num_heads, own // num_heads, own, True, VEC)
+        start += begin
     return head, block, start, n, o, i, inside
 
 

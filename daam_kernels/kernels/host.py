@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..options import DensityOptions
-from ..slices import slice_view, with_views
+from ..sequences import packing
+from ..slices import packed_view, slice_view, with_views
 from .launch import Launch, density_launch
 
 # Plain numbers: what divides them is told to the compiler by VEC, so their values must not make new kernels.
@@ -27,6 +28,7 @@ def prepare(
     x: Tensor,
     mean_offsets: Tensor,
     mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     options: DensityOptions,
     names: tuple[str, ...],
     out: Tensor,
@@ -37,10 +39,16 @@ def prepare(
     ``names`` are what the kernels call out, x and the others. A tensor is copied only where it has no
     [outer, R, inner] strides.
     """
-    masks = () if mask is None else (mask.expand(x.shape),)
-    tensors = with_views(out, options.norm_axis, x, *others, *masks)
+    tensors = (x, *others) if mask is None else (x, *others, mask.expand(x.shape))
+    num_sequences = None
+    if cu_seqlens is None:
+        tensors = with_views(out, options.norm_axis, *tensors)
+    else:
+        num_sequences = cu_seqlens.numel() - 1
+        if options.max_seqlen is None:
+            options = options._replace(max_seqlen=packing(cu_seqlens).longest)
     layouts = tuple(t.stride() for t in (out, *tensors))
-    launch = _launch(x.shape, x.dtype, layouts, names, mask is not None, mean_offsets.shape, options)
+    launch = _launch(x.shape, num_sequences, x.dtype, layouts, names, mask is not None, mean_offsets.shape, options)
     if mask is None:
         return launch, tensors, None
     return launch, tensors[:-1], tensors[-1].view(torch.uint8)
@@ -61,6 +69,7 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager:
 @lru_cache(maxsize=4096)
 def _launch(
     shape: torch.Size,
+    num_sequences: int | None,
     dtype: torch.dtype,
     layouts: tuple[tuple[int, ...], ...],
     names: tuple[str, ...],
@@ -68,7 +77,10 @@ def _launch(
     parameters: torch.Size,
     options: DensityOptions,
 ) -> Launch:
-    view = slice_view(shape, options.norm_axis, *layouts)
+    if num_sequences is None:
+        view = slice_view(shape, options.norm_axis, *layouts)
+    else:  # of no more than all rows, whatever max_seqlen says
+        view = packed_view(num_sequences, min(options.max_seqlen, shape[0]), shape[1], *layouts)
     padding = options.padding_in(dtype)
     padded = padding is not None or has_mask
     flags = {

@@ -2,7 +2,8 @@
 
 A kernel sees x as [outer, R, inner]: slices run along R, cut into heads. A program owns a tile of BLOCK_R elements
 along R by BLOCK_S slices of one head. Where ``inner`` is the contiguous axis the slices of a tile are neighbours in
-it (``columns``); otherwise they are counted through outer and inner together.
+it (``columns``); otherwise they are counted through outer and inner together. Of packed sequences, which outer counts,
+every slice has a length of its own: then the slices of a tile are always of one sequence.
 """
 
 from __future__ import annotations
@@ -129,11 +130,14 @@ def density_tile(view: SliceView, num_heads: int, itemsize: int, backward: bool,
     """The tile of one direction; ``padded`` where elements can be padding, which costs registers."""
     chunk = view.length // num_heads
     longest = view.length - (num_heads - 1) * chunk
+    if view.packed:  # a sequence one element short of another whole chunk leaves the last head the most
+        longest = max(longest, chunk + num_heads - 2)
     unit_r = all(s[1] == 1 for s in view.strides)
     unit_i = view.inner > 1 and all(s[2] == 1 for s in view.strides)
     columns = unit_i and not unit_r and (view.inner >= 32 or longest * view.inner >= 1024)
     vec = _vector(view, chunk, columns, unit_r, itemsize)
-    slices = view.inner if columns else view.outer * view.inner
+    apart = columns or view.packed  # the slices of a tile are of one place in outer
+    slices = view.inner if apart else view.outer * view.inner
 
     scale = max(itemsize, 4) // 4
     block_r, available = _power_of_two(longest), _power_of_two(slices)
@@ -154,7 +158,7 @@ def density_tile(view: SliceView, num_heads: int, itemsize: int, backward: bool,
     most_warps = _WARPS_COLUMNS if columns or split else _WARPS_ROWS
     num_warps = min(most_warps, max(1, block_r * block_s * scale // (32 * _THREAD_ELEMENTS)))
 
-    num_blocks = view.outer * -(-view.inner // block_s) if columns else -(-slices // block_s)
+    num_blocks = -(-slices // block_s) * (view.outer if apart else 1)
     num_chunks, tiles = 0, 1
     if split:
         row_tiles = -(-longest // block_r)
@@ -174,7 +178,7 @@ def _vector(view: SliceView, chunk: int, columns: bool, unit_r: bool, itemsize: 
     """Elements, at most 16 bytes of them, that divide every size and stride beside the contiguous axis."""
     if columns:
         numbers = [view.inner, *(n for s in view.strides for n in s[:2])]
-    elif unit_r:
+    elif unit_r and not view.packed:  # packed, a slice may start anywhere
         numbers = [chunk, view.length, *(n for s in view.strides for n in (s[0], s[2]))]
     else:
         return 1

@@ -107,7 +107,7 @@ def slopes(
 
 @triton.jit(do_not_specialize=SIZES)
 def mixture_backward_resident(
-    x_ptr, g_ptr, dx_ptr, mask_ptr, partials_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
+    x_ptr, g_ptr, dx_ptr, mask_ptr, cu_seqlens_ptr, partials_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_partials,
     dx_stride_o, dx_stride_r, dx_stride_i, x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
@@ -116,7 +116,9 @@ def mixture_backward_resident(
     COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g, writes dx, and three sums per Gaussian and block. One sweep."""
-    head, block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
+    head, block, start, n, o, i, inside = program_slices(
+        cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
+    )
     r = tl.arange(0, BLOCK_R)
     within = (r < n)[:, None] & inside[None, :]
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
@@ -175,7 +177,7 @@ def mixture_backward_resident(
 
 @triton.jit(do_not_specialize=SIZES)
 def mixture_split_sums(
-    x_ptr, g_ptr, mask_ptr, merged_ptr, tops_ptr, sums_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
+    x_ptr, g_ptr, mask_ptr, cu_seqlens_ptr, merged_ptr, tops_ptr, sums_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, tiles,
     x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
@@ -184,7 +186,9 @@ def mixture_split_sums(
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g; writes what ``merge_mixture_sums`` needs of each run: 8 numbers, [8, chunks, slices]."""
-    head, _block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
+    head, _block, start, n, o, i, inside = program_slices(
+        cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
+    )
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     g_base = slice_offsets(o, i, start, g_stride_o, g_stride_r, g_stride_i, COLUMNS, VEC)
     if PADDED:
@@ -297,7 +301,7 @@ def merge_mixture_sums(
 
 @triton.jit(do_not_specialize=SIZES)
 def mixture_split_gradient(
-    x_ptr, g_ptr, dx_ptr, mask_ptr, merged_ptr, tops_ptr, sums_ptr, partials_ptr,
+    x_ptr, g_ptr, dx_ptr, mask_ptr, cu_seqlens_ptr, merged_ptr, tops_ptr, sums_ptr, partials_ptr,
     mean_offsets_ptr, c_ptr, log_shares_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, num_partials, tiles,
     dx_stride_o, dx_stride_r, dx_stride_i, x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
@@ -307,7 +311,9 @@ def mixture_split_gradient(
     VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g, writes dx, and three sums per Gaussian and tile."""
-    head, block, start, n, o, i, inside = program_slices(num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S)
+    head, block, start, n, o, i, inside = program_slices(
+        cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
+    )
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     g_base = slice_offsets(o, i, start, g_stride_o, g_stride_r, g_stride_i, COLUMNS, VEC)
     dx_base = slice_offsets(o, i, start, dx_stride_o, dx_stride_r, dx_stride_i, COLUMNS, VEC)
@@ -391,6 +397,7 @@ def mixture_backward(
     log_shares: Tensor,
     mask: Tensor | None,
     options: DensityOptions,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dmean_offsets, dc, dlog_shares)."""
     parameters = mean_offsets.contiguous(), c.contiguous(), log_shares.contiguous()
@@ -398,11 +405,11 @@ def mixture_backward(
     gradients = tuple(torch.empty_like(p) for p in parameters)
     if x.numel() == 0:
         return dx, *(t.zero_() for t in gradients)
-    launch, (x, g), mask = prepare(x, mean_offsets, mask, options, ("dx", "x", "g"), dx, grad)
+    launch, (x, g), mask = prepare(x, mean_offsets, mask, cu_seqlens, options, ("dx", "x", "g"), dx, grad)
     heads, gaussians = mean_offsets.shape
     partials = x.new_empty((heads, gaussians, 3, launch.values["num_partials"]), dtype=arithmetic_type(x))
     pointers = dict(
-        x_ptr=x, g_ptr=g, dx_ptr=dx, mask_ptr=mask, partials_ptr=partials,
+        x_ptr=x, g_ptr=g, dx_ptr=dx, mask_ptr=mask, cu_seqlens_ptr=cu_seqlens, partials_ptr=partials,
         **dict(zip(("mean_offsets_ptr", "c_ptr", "log_shares_ptr"), parameters)),
     )  # fmt: skip
     with device_of(x):

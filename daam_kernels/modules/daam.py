@@ -75,6 +75,8 @@ class _DensityAttention(nn.Module):
         *,
         mask: Tensor | None = None,
         residual: bool = False,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """y = x * weights(x), or (y, weights); see :func:`daam_kernels.density_attention`.
 
@@ -83,10 +85,15 @@ class _DensityAttention(nn.Module):
             return_attention_details: return (y, weights), the weights detached and of x's shape.
             mask: boolean, broadcastable to x, True where x is valid.
             residual: add x to the result.
+            cu_seqlens, max_seqlen: sequences packed along ``norm_axis``, which must be 0; or x is a nested tensor of
+                the jagged layout, and ``norm_axis`` 1. Either takes one eps for all heads.
         """
         if isinstance(self.eps, tuple):
+            if cu_seqlens is not None or max_seqlen is not None or (isinstance(x, Tensor) and x.is_nested):
+                raise ValueError(f"eps must be one number for all heads with packed sequences, got {self.eps}")
             return self._forward_head_by_head(x, return_attention_details, mask, residual)
-        return self._attend(x, self._gaussians(), self.eps, return_attention_details, mask, residual)
+        sequences = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        return self._attend(x, self._gaussians(), self.eps, return_attention_details, mask, residual, **sequences)
 
     def _gaussians(self) -> dict:
         """The Gaussians of all heads, as :func:`daam_kernels.density_attention` takes them."""
@@ -113,7 +120,7 @@ class _DensityAttention(nn.Module):
             return torch.cat(outputs, axis), torch.cat(weights, axis)
         return torch.cat(parts, axis)
 
-    def _attend(self, x, gaussians, eps, return_weights, mask, residual):
+    def _attend(self, x, gaussians, eps, return_weights, mask, residual, **sequences):
         return density_attention(
             x,
             **gaussians,
@@ -126,6 +133,7 @@ class _DensityAttention(nn.Module):
             residual=residual,
             return_weights=return_weights,
             backend=self.backend,
+            **sequences,
         )
 
     def extra_repr(self) -> str:
@@ -332,20 +340,28 @@ class FusedDensityBlock(nn.Module):
             layer.reset_parameters()
 
     def forward(
-        self, x: Tensor, return_attention_details: bool = False, *, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        return_attention_details: bool = False,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """x + attention(x), layer after layer; or (y, {"layer_0": weights, ...}), the weights detached, of x's shape.
 
         Args:
             x: any shape; every layer's axis is cut into its heads.
             mask: boolean, broadcastable to x, True where x is valid; the same for every layer.
+            cu_seqlens, max_seqlen: as :class:`FusedMultiHeadDAAM` takes them; the same for every layer.
         """
         details = {}
+        options = {"mask": mask, "residual": True, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
         for index, layer in enumerate(self.layers):
             if return_attention_details:
-                x, details[f"layer_{index}"] = layer(x, True, mask=mask, residual=True)
+                x, details[f"layer_{index}"] = layer(x, True, **options)
             else:
-                x = layer(x, mask=mask, residual=True)
+                x = layer(x, **options)
         return (x, details) if return_attention_details else x
 
     def upstream_state_dict(self) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import native, reference
 from ..backends import resolve
 from ..options import DensityOptions
+from ..sequences import check_packing
 from . import eager
 
 _MIN_SAVED = 64  # shorter slices recompute their statistics: saving them would move as many bytes as x does
@@ -25,14 +26,17 @@ _OPTIONS = (
     "bool multiply"
 )
 
+_SEQUENCES = "Tensor? cu_seqlens=None, SymInt? max_seqlen=None"
+
 _library = torch.library.Library("daam_kernels", "DEF")
 _library.define(
     f"density_attention({_TENSORS}, {_OPTIONS}, "
-    "bool return_weights, bool save_stats, str backend) -> (Tensor, Tensor, Tensor)"
+    f"bool return_weights, bool save_stats, str backend, {_SEQUENCES}) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     f"density_attention_backward(Tensor grad, {_TENSORS}, Tensor stats, "
-    f"{_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)"  # the last one is empty without log_shares
+    # the last one is empty without log_shares
+    f"{_OPTIONS}, str backend, {_SEQUENCES}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -42,6 +46,7 @@ def apply(
     c: Tensor,
     log_shares: Tensor | None,
     mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     options: DensityOptions,
     return_weights: bool,
     backend: str,
@@ -50,23 +55,26 @@ def apply(
     """y, or (y, weights) with ``return_weights``; differentiable. The arguments are checked already.
 
     ``log_shares``: [num_heads, num_gaussians], contiguous, float32 or float64, for a density that has them, else None.
+    ``cu_seqlens``: [num_sequences + 1], contiguous, for a packed x of shape [total, features], else None.
     ``call`` is the signature of them all, to remember how they were served; None for what is not remembered.
     """
-    tensors = x, mean_offsets, c, log_shares
+    tensors = x, mean_offsets, c, log_shares, mask, cu_seqlens
     if eager.is_transformed():
         resolve(backend, x, options.density)
-        return _reference_forward(*tensors, mask, options, return_weights)
+        _check_packing(x, mean_offsets, cu_seqlens, options)
+        return _reference_forward(*tensors, options, return_weights)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if not eager.is_plain(*tensors, mask):
+    if not eager.is_plain(*tensors):
         operator = torch.ops.daam_kernels.density_attention.default
-        y, weights, _ = operator(*tensors, mask, *options, return_weights, needs_grad, backend)
+        *scalars, max_seqlen = options
+        y, weights, _ = operator(*tensors[:5], *scalars, return_weights, needs_grad, backend, cu_seqlens, max_seqlen)
         return (y, weights) if return_weights else y
     backend = resolve(backend, x, options.density)  # once: the backward must know what this forward saved
     if call is not None and backend == "native":
         _remember(call, x, mean_offsets, c, options)
     if needs_grad:
-        return _DensityAttention.apply(*tensors, mask, options, return_weights, backend)
-    y, weights = _forward(*tensors, mask, options, return_weights, None, backend)
+        return _DensityAttention.apply(*tensors, options, return_weights, backend)
+    y, weights = _forward(*tensors, options, return_weights, None, backend)
     return (y, weights) if return_weights else y
 
 
@@ -94,15 +102,17 @@ def _forward(
     c: Tensor,
     log_shares: Tensor | None,
     mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     options: DensityOptions,
     return_weights: bool,
     stats: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """(y, weights or None) of a backend by its own name. Triton fills stats for its backward; others leave them."""
+    _check_packing(x, mean_offsets, cu_seqlens, options)
     if backend == "reference":
         with torch.no_grad():
-            result = _reference_forward(x, mean_offsets, c, log_shares, mask, options, return_weights)
+            result = _reference_forward(x, mean_offsets, c, log_shares, mask, cu_seqlens, options, return_weights)
         y, weights = result if return_weights else (result, None)
         return _as_layout(y, x), _as_layout(weights, x) if return_weights else None
     y = torch.empty_like(x)
@@ -110,7 +120,9 @@ def _forward(
     if backend == "triton":
         from ..kernels.density_forward import density_forward
 
-        density_forward(x, mean_offsets, c, mask, options, y, weights, stats, **_named(log_shares))
+        density_forward(x, mean_offsets, c, mask, options, y, weights, stats, log_shares, cu_seqlens)
+    elif cu_seqlens is not None:
+        native.ragged_forward(x, mean_offsets, c, cu_seqlens, mask, options, y, weights)
     else:
         native.density_forward(x, mean_offsets, c, mask, options, y, weights)
     return y, weights
@@ -123,6 +135,7 @@ def _backward(
     c: Tensor,
     log_shares: Tensor | None,
     mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     stats: Tensor | None,
     options: DensityOptions,
     backend: str,
@@ -132,13 +145,15 @@ def _backward(
     stats are what its forward saved, or None.
     """
     if backend in ("native", "cuda"):
+        if cu_seqlens is not None:
+            return native.ragged_backward(grad, x, mean_offsets, c, cu_seqlens, mask, options)
         return native.density_backward(grad, x, mean_offsets, c, mask, options)
     if backend == "triton":
         from ..kernels.density_backward import density_backward
 
-        return density_backward(grad, x, mean_offsets, c, mask, stats, options, **_named(log_shares))
+        return density_backward(grad, x, mean_offsets, c, mask, stats, options, log_shares, cu_seqlens)
     with torch.no_grad():
-        dx, *rest = _reference_backward(grad, x, mean_offsets, c, log_shares, mask, options)
+        dx, *rest = _reference_backward(grad, x, mean_offsets, c, log_shares, mask, cu_seqlens, options)
     return _as_layout(dx, x), *rest
 
 
@@ -146,9 +161,9 @@ class _DensityAttention(torch.autograd.Function):
     """The eager path: no dispatcher between autograd and the kernel."""
 
     @staticmethod
-    def forward(ctx, x, mean_offsets, c, log_shares, mask, options, return_weights, backend):
-        stats = _new_stats(x, mean_offsets, options, backend) if backend == "triton" else None
-        tensors = x, mean_offsets, c, log_shares, mask
+    def forward(ctx, x, mean_offsets, c, log_shares, mask, cu_seqlens, options, return_weights, backend):
+        stats = _new_stats(x, mean_offsets, cu_seqlens, options, backend) if backend == "triton" else None
+        tensors = x, mean_offsets, c, log_shares, mask, cu_seqlens
         y, weights = _forward(*tensors, options, return_weights, _or_none(stats), backend)
         ctx.save_for_backward(*tensors, stats)
         ctx.options, ctx.backend = options, backend
@@ -161,9 +176,9 @@ class _DensityAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 8
+            return (None,) * 9
         gradients = _gradients(grad, *ctx.saved_tensors, ctx.options, ctx.backend)
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None, None, None)
 
 
 class _Served:
@@ -175,7 +190,7 @@ class _Served:
 
     def gradients(self, grad, x, mean_offsets, c):
         if torch.is_grad_enabled() or not eager.is_plain(grad):
-            return _gradients(grad, x, mean_offsets, c, None, None, None, self.options, "native")[:3]
+            return _gradients(grad, x, mean_offsets, c, None, None, None, None, self.options, "native")[:3]
         strides = grad.stride()
         if strides not in self._backwards:
             problem = native.problem(mean_offsets, c, None, self.options, torch.empty_like(x), x, grad)
@@ -206,58 +221,72 @@ class _Remembered(torch.autograd.Function):
 _apply_remembered = super(torch.autograd.Function, _Remembered).apply
 
 
-def _gradients(grad, x, mean_offsets, c, log_shares, mask, stats, options, backend):
+def _gradients(grad, x, mean_offsets, c, log_shares, mask, cu_seqlens, stats, options, backend):
     """(dx, dmean_offsets, dc, dlog_shares or None) in whatever way autograd asks for them."""
-    tensors = x, mean_offsets, c, log_shares, mask
+    tensors = x, mean_offsets, c, log_shares, mask, cu_seqlens
     if torch.is_grad_enabled():
         gradients = _reference_backward(grad, *tensors, options)
     elif eager.is_plain(grad):
         gradients = _backward(grad, *tensors, _or_none(stats), options, backend)
     else:
-        operator = torch.ops.daam_kernels.density_attention_backward.default
-        gradients = operator(grad, *tensors, x.new_empty(0) if stats is None else stats, *options, backend)
+        gradients = _call_backward(grad, *tensors, x.new_empty(0) if stats is None else stats, options, backend)
     return gradients if log_shares is not None else (*gradients[:3], None)
 
 
-def _reference_forward(x, mean_offsets, c, log_shares, mask, options, return_weights):
-    return reference.density_attention(
-        x, mean_offsets, c, log_shares=log_shares, mask=mask, return_weights=return_weights, **options._asdict()
-    )
+def _reference_forward(x, mean_offsets, c, log_shares, mask, cu_seqlens, options, return_weights):
+    named = _reference_options(log_shares, mask, options) | {"return_weights": return_weights}
+    if cu_seqlens is None:
+        return reference.density_attention(x, mean_offsets, c, **named)
+    return reference.ragged_density_attention(x, mean_offsets, c, cu_seqlens, **named)
 
 
-def _reference_backward(grad, x, mean_offsets, c, log_shares, mask, options):
+def _reference_backward(grad, x, mean_offsets, c, log_shares, mask, cu_seqlens, options):
     """The gradient in ordinary operations; a graph of them has derivatives of any order."""
-    return reference.density_attention_backward(
-        grad, x, mean_offsets, c, log_shares=log_shares, mask=mask, **options._asdict()
-    )
+    named = _reference_options(log_shares, mask, options)
+    if cu_seqlens is None:
+        return reference.density_attention_backward(grad, x, mean_offsets, c, **named)
+    return reference.ragged_density_attention_backward(grad, x, mean_offsets, c, cu_seqlens, **named)
 
 
-def _named(log_shares):
-    return {} if log_shares is None else {"log_shares": log_shares}
+def _reference_options(log_shares, mask, options):
+    named = options._asdict() | {"log_shares": log_shares, "mask": mask}
+    del named["max_seqlen"]  # it decides nothing
+    return named
+
+
+def _check_packing(x, mean_offsets, cu_seqlens, options):
+    if cu_seqlens is not None:
+        check_packing(cu_seqlens, x.shape[0], mean_offsets.shape[0], options.max_seqlen, options.fewest)
+
+
+def _unpack(arguments, num_others):
+    """(options, cu_seqlens, ...), the last ones being ``num_others`` that an operator takes between the two."""
+    num_scalars = len(DensityOptions._fields) - 1
+    scalars, others = arguments[:num_scalars], arguments[num_scalars : num_scalars + num_others]
+    cu_seqlens, max_seqlen, *_ = (*arguments[num_scalars + num_others :], None, None)
+    return DensityOptions(*scalars, max_seqlen), cu_seqlens, *others
 
 
 def _operator(x, mean_offsets, c, log_shares, mask, *rest):
-    *options, return_weights, save_stats, backend = rest
-    options = DensityOptions(*options)
-    stats = _new_stats(x, mean_offsets, options, backend if save_stats else None)
+    options, cu_seqlens, return_weights, save_stats, backend = _unpack(rest, 3)
+    stats = _new_stats(x, mean_offsets, cu_seqlens, options, backend if save_stats else None)
     resolved = resolve(backend, x, options.density)
-    tensors = x, mean_offsets, c, log_shares, mask
+    tensors = x, mean_offsets, c, log_shares, mask, cu_seqlens
     y, weights = _forward(*tensors, options, return_weights, _or_none(stats), resolved)
     return y, weights if return_weights else x.new_empty(0), stats if resolved == "triton" else stats.zero_()
 
 
 def _operator_fake(x, mean_offsets, c, log_shares, mask, *rest):
-    *options, return_weights, save_stats, backend = rest
+    options, cu_seqlens, return_weights, save_stats, backend = _unpack(rest, 3)
     weights = torch.empty_like(x) if return_weights else x.new_empty(0)
-    stats = _new_stats(x, mean_offsets, DensityOptions(*options), backend if save_stats else None)
+    stats = _new_stats(x, mean_offsets, cu_seqlens, options, backend if save_stats else None)
     return torch.empty_like(x), weights, stats
 
 
 def _operator_backward(grad, x, mean_offsets, c, log_shares, mask, stats, *rest):
-    *options, backend = rest
-    options = DensityOptions(*options)
+    options, cu_seqlens, backend = _unpack(rest, 1)
     resolved = resolve(backend, x, options.density)
-    gradients = _backward(grad, x, mean_offsets, c, log_shares, mask, _or_none(stats), options, resolved)
+    gradients = _backward(grad, x, mean_offsets, c, log_shares, mask, cu_seqlens, _or_none(stats), options, resolved)
     return gradients if log_shares is not None else (*gradients, x.new_empty(0))
 
 
@@ -267,10 +296,15 @@ def _operator_backward_fake(grad, x, mean_offsets, c, log_shares, mask, stats, *
     return torch.empty_like(x), *gradients
 
 
+def _call_backward(grad, x, mean_offsets, c, log_shares, mask, cu_seqlens, stats, options, backend):
+    operator = torch.ops.daam_kernels.density_attention_backward.default
+    *scalars, max_seqlen = options
+    return operator(grad, x, mean_offsets, c, log_shares, mask, stats, *scalars, backend, cu_seqlens, max_seqlen)
+
+
 def _setup_context(ctx, inputs, output):
-    *tensors, _, _, ctx.backend = inputs
-    ctx.options = DensityOptions(*tensors[5:])
-    ctx.save_for_backward(*tensors[:5], output[2])
+    ctx.options, cu_seqlens, *_, ctx.backend = _unpack(inputs[5:], 3)
+    ctx.save_for_backward(*inputs[:5], cu_seqlens, output[2])
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
 
@@ -282,11 +316,11 @@ def _operator_gradient(ctx, grad, _weights, _stats):
         if torch.is_grad_enabled():
             gradients = _reference_backward(grad, *tensors, ctx.options)
         else:
-            operator = torch.ops.daam_kernels.density_attention_backward.default
-            gradients = operator(grad, *tensors, stats, *ctx.options, ctx.backend)
+            gradients = _call_backward(grad, *tensors, stats, ctx.options, ctx.backend)
         log_shares = tensors[3]
         gradients = gradients if log_shares is not None else (*gradients[:3], None)
-    return (*gradients, None, *(None for _ in ctx.options), None, None, None)
+    others = 6  # mask, cu_seqlens, return_weights, save_stats, backend, and max_seqlen, which is one of the options
+    return (*gradients, *(None for _ in range(others + len(ctx.options) - 1)))
 
 
 def _refuse_second_gradient(ctx, *_):
@@ -308,19 +342,25 @@ torch.library.register_autograd(
 torch.library.register_autograd("daam_kernels::density_attention_backward", _refuse_second_gradient, lib=_library)
 
 
-def _new_stats(x: Tensor, mean_offsets: Tensor, options: DensityOptions, backend: str | None) -> Tensor:
+def _new_stats(
+    x: Tensor, mean_offsets: Tensor, cu_seqlens: Tensor | None, options: DensityOptions, backend: str | None
+) -> Tensor:
     """What a forward saves for Triton's backward; empty where slices are short, or where nothing is saved.
 
-    That is for backends other than Triton, and for densities other than the product.
+    That is for backends other than Triton, and for densities other than the product. The lengths of packed sequences
+    may not be known here, so short ones save it too.
 
     It depends on the arguments alone, not on what "auto" is on this machine: a graph may run on another one.
     [3, slices] in the arithmetic type: x0, mean - x0 and the variance, in an order that Triton's backward knows.
     """
-    num_heads, length = mean_offsets.shape[0], x.shape[options.norm_axis]
-    chunk = length // num_heads
-    short = chunk < _MIN_SAVED and length - (num_heads - 1) * chunk < _ALWAYS_SAVED
     saves = options.density == "product" and (backend == "triton" or (backend == "auto" and x.is_cuda))
-    shape = (3, x.numel() // length * num_heads) if saves and not short else (0,)
+    if saves and cu_seqlens is not None:
+        shape = (3, (cu_seqlens.shape[0] - 1) * mean_offsets.shape[0] * x.shape[1])
+    else:
+        num_heads, length = mean_offsets.shape[0], x.shape[options.norm_axis]
+        chunk = length // num_heads
+        short = chunk < _MIN_SAVED and length - (num_heads - 1) * chunk < _ALWAYS_SAVED
+        shape = (3, x.numel() // length * num_heads) if saves and not short else (0,)
     return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 

@@ -56,6 +56,7 @@ def signature(
         or type(x) not in _PLAIN
         or type(mean_offsets) not in _PLAIN
         or type(c) not in _PLAIN
+        or x.is_nested  # of the strided layout: has neither shape nor strides
         or not (x.is_cpu and mean_offsets.is_cpu and c.is_cpu)
         or x.is_neg()
         or mean_offsets.is_neg()

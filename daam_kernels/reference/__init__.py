@@ -3,5 +3,13 @@
 from .density_attention import density_attention, density_attention_backward
 from .feature import feature_density_attention
 from .gate import density_gate
+from .ragged import ragged_density_attention, ragged_density_attention_backward
 
-__all__ = ["density_attention", "density_attention_backward", "density_gate", "feature_density_attention"]
+__all__ = [
+    "density_attention",
+    "density_attention_backward",
+    "density_gate",
+    "feature_density_attention",
+    "ragged_density_attention",
+    "ragged_density_attention_backward",
+]

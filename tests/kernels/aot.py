@@ -32,7 +32,10 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call of forward and backward. ``aligned``: every access of x, y, g and dx can be 16 bytes wide."""
+    """One call of forward and backward. ``aligned``: every access of x, y, g and dx can be 16 bytes wide.
+
+    ``sequences``: how many, and how long at most, are packed along the axis, which is then 0.
+    """
 
     shape: tuple[int, ...]
     axis: int
@@ -42,6 +45,7 @@ class Case:
     mask: bool = False
     weights: bool = False
     density: str = "product"
+    sequences: tuple[int, int] | None = None
     options: dict = field(default_factory=dict)
 
 
@@ -74,6 +78,14 @@ MORE = {
     "mixture, split and masked": Case(
         (1, 1 << 18), 1, 2, mask=True, density="mixture", options={"padding_stats": "exclude", "padding_value": 1.0}
     ),
+    "ragged rows": Case((1 << 16, 1), 0, 8, aligned=False, sequences=(64, 2048)),
+    "ragged columns": Case((1 << 15, 512), 0, 8, sequences=(64, 1024)),
+    "ragged split rows": Case((1 << 20, 1), 0, 1, aligned=False, sequences=(4, 1 << 19)),
+    "ragged split columns, masked": Case(
+        (1 << 17, 64), 0, 1, mask=True, sequences=(16, 1 << 14), options={"padding_stats": "exclude"}
+    ),
+    "mixture in ragged columns": Case((1 << 15, 512), 0, 8, density="mixture", sequences=(64, 1024)),
+    "mixture in ragged split columns": Case((1 << 17, 64), 0, 1, density="mixture", sequences=(16, 1 << 14)),
 }
 CASES = {**CORE, **MORE}
 CORE_JOBS = [(name, "bf16", target) for name in CORE for target in TARGETS]
@@ -165,16 +177,22 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
     mask = torch.ones(case.shape, dtype=torch.bool) if case.mask else None
     defaults = dict(padding_value=None, padding_stats="zero", normalize="clamp", eps=1e-8, residual=False)
     chosen = options.DensityOptions(case.axis, **{**defaults, **case.options}, density=case.density)
+    cu_seqlens, num_slices = None, x.numel() // case.shape[case.axis] * case.heads
+    if case.sequences:
+        count, max_seqlen = case.sequences
+        cu_seqlens, num_slices = torch.empty(count + 1, dtype=torch.int32), num_slices * count
+        chosen = chosen._replace(max_seqlen=max_seqlen)
     log_shares = torch.zeros_like(parameters[0]) if case.density == "mixture" else None
     chunk = case.shape[case.axis] // case.heads
     stats = None
     if chunk >= 64 and log_shares is None:
         arithmetic = torch.float64 if dtype == "fp64" else torch.float32
-        stats = torch.empty((3, x.numel() // case.shape[case.axis] * case.heads), dtype=arithmetic)
+        stats = torch.empty((3, num_slices), dtype=arithmetic)
     with RecordingDriver(TARGETS[target]) as driver:
         weights = torch.empty_like(x) if case.weights else None
-        density_forward.density_forward(x, *parameters, mask, chosen, torch.empty_like(x), weights, stats, log_shares)
-        density_backward.density_backward(torch.empty_like(x), x, *parameters, mask, stats, chosen, log_shares)
+        last = log_shares, cu_seqlens
+        density_forward.density_forward(x, *parameters, mask, chosen, torch.empty_like(x), weights, stats, *last)
+        density_backward.density_backward(torch.empty_like(x), x, *parameters, mask, stats, chosen, *last)
     compiled = {}
     for function in jitted:
         for cache in function.device_caches.values():

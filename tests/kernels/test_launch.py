@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from daam_kernels.kernels import launch
 from daam_kernels.kernels.launch import density_launch, density_tile
-from daam_kernels.slices import slice_view
+from daam_kernels.slices import packed_view, slice_view
 
 FLAGS = {"PADDED": False, "MIXTURE": False}
 
@@ -51,6 +51,27 @@ def test_tiles_cover_every_slice_and_fit(outer, heads, extra, inner, itemsize, b
     elements = 16384 if itemsize < 8 else 4096
     assert tile.block_r * tile.block_s <= elements
     assert itemsize * tile.vec <= 16
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 8])
+@pytest.mark.parametrize("layout", ["columns", "rows", "one feature"])
+def test_tiles_cover_packed_sequences_of_every_length(monkeypatch, layout, heads):
+    """Up to max_seqlen: that of 15 leaves the last of 8 heads 8 elements, that of 16 two."""
+    features = 1 if layout == "one feature" else 36
+    strides = (features, 1) if layout == "columns" else (1, 1000)
+    monkeypatch.setattr(launch, "BUDGET", launch.Budget(32, 256, 32, 256, split=32, usual=32, merged=64))
+    seen = set()
+    for max_seqlen in range(2 * heads, 90):
+        view = packed_view(5, max_seqlen, features, strides, strides)
+        tile = density_tile(view, heads, 4, False)
+        longest = max(n // heads + n % heads for n in range(2 * heads, max_seqlen + 1))
+        assert tile.block_r * tile.tiles * max(1, tile.num_chunks) >= longest
+        assert tile.num_blocks == 5 * -(-features // tile.block_s)  # the slices of a block are of one sequence
+        assert tile.columns == (layout == "columns") and tile.vec == (4 if tile.columns else 1)
+        values = density_launch(view, ("y", "x"), heads, 2, 4, FLAGS).values
+        assert values["num_slices"] == 5 * heads * features and values["x_stride_o"] == 0
+        seen.add(bool(tile.num_chunks))
+    assert False in seen and (True in seen or heads > 2)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
