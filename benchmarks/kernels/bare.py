@@ -59,7 +59,7 @@ class Bare(Contender):
 
 def bare_kernels(case: Case) -> dict[str, Callable[[], Contender]]:
     """Makers of those that make sense for this case, by name: none where the native library is not there."""
-    if case.x.is_cuda or not native.status()[0]:
+    if case.shape.operator != "product" or case.x.is_cuda or not native.status()[0]:
         return {}
     makers: dict[str, Callable[[], Contender]] = {BARE: lambda: Bare(BARE, case)}
     if case.x.nbytes >= _FRESH_MATTERS:

@@ -8,10 +8,8 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor
 
-from daam_kernels import reference
-
 from .contender import BOTH, Contender
-from .contenders import parameter_gradients
+from .operators import OPERATORS
 from .shapes import Case
 
 _PART = 1 << 22  # elements in float64 at a time: whole shapes would need 15 times their size
@@ -23,7 +21,7 @@ class Truth(NamedTuple):
 
     y: Tensor
     dx: Tensor
-    parameters: tuple[Tensor, Tensor]
+    parameters: tuple[Tensor, ...]  # as in Case.parameters
 
 
 class Errors(NamedTuple):
@@ -36,18 +34,18 @@ class Errors(NamedTuple):
 
 @torch.no_grad()
 def truth(case: Case) -> Truth:
-    """The reference in float64, part by part along the batch axis; the parameters' gradients are sums over parts."""
-    x, axis = case.x.detach(), case.shape.norm_axis
-    parameters = case.mean_offsets.double(), case.c.double()
+    """The plain form in float64, part by part along the batch axis; the parameters' gradients are sums over parts."""
+    operator, x, axis = OPERATORS[case.shape.operator], case.x.detach(), case.shape.norm_axis
+    parameters = [parameter.double() for parameter in case.parameters.values()]
     rows = max(1, _PART * x.shape[0] // x.numel()) if axis % x.dim() else x.shape[0]
     y, dx = (torch.empty_like(x, dtype=torch.float64) for _ in range(2))
     sums = [torch.zeros_like(p) for p in parameters]
     for part_x, part_grad, part_y, part_dx in zip(*(t.split(rows) for t in (x, case.grad, y, dx))):
         part_x, part_grad = part_x.double(), part_grad.double()
-        part_y.copy_(reference.density_attention(part_x, *parameters, norm_axis=axis))
-        gradients = reference.density_attention_backward(part_grad, part_x, *parameters, norm_axis=axis)
-        part_dx.copy_(gradients[0])
-        for total, gradient in zip(sums, gradients[1:]):
+        true_y, true_dx, *gradients = operator.truth(case.shape, part_x, part_grad, *parameters)
+        part_y.copy_(true_y)
+        part_dx.copy_(true_dx)
+        for total, gradient in zip(sums, gradients):
             total += gradient
     return Truth(y, dx, tuple(sums))
 
@@ -57,9 +55,15 @@ def errors(direction: str, results: Sequence[Tensor], true: Truth) -> Errors:
     if direction != BOTH:
         return Errors(relative_error(results[0], true.y))
     y, dx, *gradients = results
-    of_parameters = parameter_gradients(gradients)
-    worst = max(relative_error(g, t) for g, t in zip(of_parameters, true.parameters))
+    worst = max(map(relative_error, _joined(gradients, true.parameters), true.parameters))
     return Errors(relative_error(y, true.y), relative_error(dx, true.dx), worst)
+
+
+def _joined(gradients: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """One gradient for each of ``like``, of its shape, from as many tensors as each contender has for it."""
+    each = len(gradients) // len(like)
+    parts = [list(gradients[start : start + each]) for start in range(0, len(gradients), each)]
+    return [torch.stack(part).reshape(true.shape) for part, true in zip(parts, like, strict=True)]
 
 
 def relative_error(result: Tensor, true: Tensor) -> float:

@@ -12,7 +12,8 @@ from ..environment import describe, usable_device
 from ..report import write_csv, write_json
 from .bare import BARE
 from .contenders import FUSED
-from .shapes import SHAPES, make_case
+from .data import make_case
+from .shapes import SHAPES
 from .sweep import Cell, Limits, measure, steps
 from .table import section
 
@@ -24,11 +25,18 @@ _QUICK_SHAPES = "tiny,wavlm"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this family."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", help=f"comma-separated, of {', '.join(SHAPES)} (default: all)")
+    parser.add_argument(
+        "--shapes",
+        help=f"comma-separated, of {', '.join(SHAPES)} (default: all on cuda; on cpu "
+        f"all but {', '.join(name for name, shape in SHAPES.items() if not shape.on_cpu)})",
+    )
     parser.add_argument(
         "--dtype", help=f"comma-separated, of {', '.join(_DTYPES)} (default: float32, on cuda bfloat16 too)"
     )
-    parser.add_argument("--num-gaussians", type=int, default=4, metavar="K")
+    parser.add_argument(
+        "--num-gaussians", type=int, default=4, metavar="K",
+        help="where the shape does not say (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help=f"shapes {_QUICK_SHAPES}, short timings, less compiled")
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS", help="timing per shape, type and direction (default: 3, quick: 0.5)"
@@ -52,7 +60,8 @@ def run(options: argparse.Namespace) -> int:
 
     from .plots import plot
 
-    default_shapes = _QUICK_SHAPES if options.quick else ",".join(SHAPES)
+    everything = ",".join(name for name, shape in SHAPES.items() if shape.on_cpu or options.device != "cpu")
+    default_shapes = _QUICK_SHAPES if options.quick else everything
     default_dtypes = "float32,bfloat16" if options.device == "cuda" else "float32"
     shapes = _chosen(options.shapes or default_shapes, SHAPES, "shape")
     dtypes = _chosen(options.dtype or default_dtypes, _DTYPES, "dtype")

@@ -1,5 +1,5 @@
 """Who is timed: the public package and the closed form, each eager and compiled, the fused operator, its kernels
-without Python, native operators, a copy."""
+without Python, native operators, a copy. What differs between the family's operators is in operators.py."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-import daam_kernels
 from daam_kernels.backends import resolve
 
 from .bare import bare_kernels
-from .contender import BOTH, CONTRACT, OTHERS, Contender, Differentiable
+from .contender import BOTH, CONTRACT, OTHERS, Contender, Differentiable, Tolerance
+from .operators import OPERATORS, Form, leaves
 from .shapes import Case
 
 UPSTREAM, UPSTREAM_COMPILED = "upstream eager", "upstream compiled"
 CLOSED_FORM, CLOSED_FORM_COMPILED = "closed form eager", "closed form compiled"  # daam_kernels.reference
 FUSED, FRESH_COPY, COPY = "fused", "copy, fresh output", "copy"
+
+_MOST_COMPILED = 16  # Gaussians of every head, which the compiler sees one by one
 
 
 class Copy(Contender):
@@ -51,14 +53,17 @@ class FreshCopy(Contender):
 
 def contenders(case: Case) -> dict[str, Callable[[], Contender]]:
     """Makers of the contenders that make sense for this case, by name; a maker raises where one does not exist."""
-    makers: dict[str, Callable[[], Contender]] = {
-        UPSTREAM: lambda: _upstream(case, compiled=False),
-        UPSTREAM_COMPILED: lambda: _upstream(case, compiled=True),
-        CLOSED_FORM: lambda: _closed_form(case, compiled=False),
-        CLOSED_FORM_COMPILED: lambda: _closed_form(case, compiled=True),
-        FUSED: lambda: _density(case, f"{FUSED} ({resolve('auto', case.x)})", daam_kernels.density_attention, CONTRACT),
-        **bare_kernels(case),
-    }
+    operator = OPERATORS[case.shape.operator]
+    makers: dict[str, Callable[[], Contender]] = {}
+    if operator.has_upstream:
+        makers[UPSTREAM] = lambda: _upstream(case, compiled=False)
+        if case.shape.layers == 1 and case.num_gaussians <= _MOST_COMPILED:
+            makers[UPSTREAM_COMPILED] = lambda: _upstream(case, compiled=True)
+    makers[CLOSED_FORM] = lambda: _closed_form(case, compiled=False)
+    makers[CLOSED_FORM_COMPILED] = lambda: _closed_form(case, compiled=True)
+    for variant in operator.variants:
+        makers[f"{FUSED}, {variant}" if variant else FUSED] = partial(_fused, case, variant)
+    makers |= bare_kernels(case)
     if case.x.is_contiguous():
         last = case.x.shape[-1:]
         for name, function in (
@@ -72,53 +77,45 @@ def contenders(case: Case) -> dict[str, Callable[[], Contender]]:
     return makers
 
 
-def parameter_gradients(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """(dmean_offsets, dc), both [num_heads, num_gaussians], of gradients of the one, then of the other.
-
-    Each may be one tensor, or one [num_gaussians] per head.
-    """
-    half = len(gradients) // 2
-    return [torch.stack(list(part)).view(-1, part[0].shape[-1]) for part in (gradients[:half], gradients[half:])]
-
-
-def _density(case: Case, name: str, function: Callable, tolerances: dict) -> Differentiable:
-    mean_offsets, c = (p.clone().requires_grad_() for p in (case.mean_offsets, case.c))
-    axis = case.shape.norm_axis
-    contender = Differentiable(name, lambda x: function(x, mean_offsets, c, norm_axis=axis), (mean_offsets, c))
-    contender.tolerance = tolerances[case.x.dtype]
-    return contender
+def _fused(case: Case, variant: str) -> Differentiable:
+    operator = OPERATORS[case.shape.operator]
+    name = f"{FUSED}, {variant}" if variant else FUSED
+    backend = resolve("auto", case.x, operator.density)
+    return _contender(case, f"{name} ({backend})", operator.fused(case, variant), CONTRACT)
 
 
 def _closed_form(case: Case, compiled: bool) -> Differentiable:
-    function = daam_kernels.reference.density_attention
+    plain, parameters = partial(OPERATORS[case.shape.operator].reference, case.shape), leaves(case)
     if compiled:
-        contender = _density(case, CLOSED_FORM_COMPILED, torch.compile(function, dynamic=False), OTHERS)
-    else:
-        contender = _density(case, CLOSED_FORM, function, OTHERS)
+        plain = torch.compile(plain, dynamic=False)
+    form = Form(lambda x: plain(x, *parameters), parameters)
+    contender = _contender(case, CLOSED_FORM_COMPILED if compiled else CLOSED_FORM, form, OTHERS)
     contender.compiled, contender.many_launches = compiled, not compiled
     return contender
 
 
 def _upstream(case: Case, compiled: bool) -> Differentiable:
-    module = _upstream_module(case)
-    heads = module.attention_heads
-    parameters = [*(h.mean_offsets for h in heads), *(h.c for h in heads)]
+    form = OPERATORS[case.shape.operator].upstream(case)
     if compiled:
-        contender = Differentiable(UPSTREAM_COMPILED, torch.compile(module, dynamic=False), parameters)
-    else:
-        contender = Differentiable(UPSTREAM, module, parameters)
-    contender.tolerance = OTHERS[case.x.dtype]
+        form = form._replace(function=torch.compile(form.function, dynamic=False))
+    contender = _contender(case, UPSTREAM_COMPILED if compiled else UPSTREAM, form, OTHERS)
     contender.compiled = contender.slow_to_compile = compiled
     contender.many_launches = not compiled
     return contender
 
 
-def _upstream_module(case: Case) -> nn.Module:
-    """The public package's module with the parameters of the case."""
-    from gaussian_adaptive_attention import MultiHeadGaussianAdaptiveAttention
+def _contender(case: Case, name: str, form: Form, tolerances: dict) -> Differentiable:
+    contender = Differentiable(name, *form)
+    contender.tolerance = _for_layers(tolerances[case.x.dtype], case)
+    return contender
 
-    num_heads, num_gaussians = case.c.shape
-    module = MultiHeadGaussianAdaptiveAttention(case.shape.norm_axis, num_heads, num_gaussians).to(case.x.device)
-    for i, head in enumerate(module.attention_heads):  # .data, because float64 parameters must replace float32 ones
-        head.mean_offsets.data, head.c.data = case.mean_offsets[i].clone(), case.c[i].clone()
-    return module
+
+def _for_layers(tolerance: Tolerance, case: Case) -> Tolerance:
+    """What is allowed is once for every layer, each of which rounds its result.
+
+    In half types that moves the next layers' inputs, of which the parameters' gradients are sums that cancel: there
+    the contract, which is of the same rounded input, says nothing of them.
+    """
+    layers = case.shape.layers
+    parameters = None if layers > 1 and case.x.dtype.itemsize < 4 else tolerance.parameters
+    return Tolerance(layers * tolerance.y, layers * tolerance.dx, parameters and layers * parameters)

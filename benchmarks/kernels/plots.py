@@ -28,6 +28,7 @@ _COLORS = {
     CLOSED_FORM: "#a9bcd6",
     CLOSED_FORM_COMPILED: "#4a6fa5",
     FUSED: "#c0392b",
+    f"{FUSED}, layer by layer": "#7d3c98",
     BARE: "#e8a29a",
 }
 
@@ -51,7 +52,7 @@ def _figure(rows: list[dict[str, str]], dtype: str, path: Path) -> None:
         _panel(panel, [row for row in rows if row["direction"] == direction], shapes)
         panel.set_ylabel(f"{direction}\ntime / time of a copy")
     dims = {row["shape"]: row["dims"].replace("x", "×") for row in rows}
-    axes = {row["shape"]: f"axis {row['norm_axis']}, H = {row['num_heads']}" for row in rows}
+    axes = {row["shape"]: _what(row) for row in rows}
     panels[-1].set_xticks(
         range(len(shapes)), [f"{s.replace('_', ' ')}\n{dims[s]}\n{axes[s]}" for s in shapes], fontsize=8
     )
@@ -61,7 +62,7 @@ def _figure(rows: list[dict[str, str]], dtype: str, path: Path) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     first = rows[0]
     figure.suptitle(
-        f"Density attention, {dtype}, K = {first['num_gaussians']}, on {first['device']}"
+        f"Density attention, {dtype}, on {first['device']}"
         + (f", {first['threads']} threads" if not first["driver"] else "")
         + f"\ntorch {first['torch']}, triton {first['triton'] or 'none'}, "
         + f"commit {first['commit']}, {first['date'][:10]}",
@@ -69,6 +70,13 @@ def _figure(rows: list[dict[str, str]], dtype: str, path: Path) -> None:
     )
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _what(row: dict[str, str]) -> str:
+    """What is computed of a shape, in two lines."""
+    layers = f", {row['layers']} layers" if int(row["layers"]) > 1 else ""
+    sizes = f"axis {row['norm_axis']}, H = {row['num_heads']}, K = {row['num_gaussians']}"
+    return f"{sizes}\n{row['operator']}{layers}"
 
 
 def _panel(panel, rows: list[dict[str, str]], shapes: list[str]) -> None:

@@ -1,23 +1,37 @@
-"""The shapes that count, as the performance page lists them, and the tensors of one of them."""
+"""The shapes that count, as the performance page lists them, and what the tensors of one of them are called."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Callable
 
-import torch
 from torch import Tensor
+
+
+Normal = Callable[..., Tensor]  # of dimensions: numbers from N(0, 1), float32
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One x: its dimensions, the axis that is normalised, in how many heads, and the layout in memory."""
+    """One x: its dimensions, the axis that is normalised, in how many heads, the layout in memory, and for whom.
+
+    Attributes:
+        operator: one of the family, a key of ``OPERATORS``.
+        layers: of a block.
+        num_gaussians: where the shape is about this number; None: the one that is asked for.
+        on_cpu: whether a CPU runs it where no shapes are named: all of them would take hours there.
+    """
 
     name: str
     dims: tuple[int, ...]
     norm_axis: int
     num_heads: int
     channels_last: bool = False
+    operator: str = "product"
+    layers: int = 1
+    num_gaussians: int | None = None
+    on_cpu: bool = True
 
     @property
     def numel(self) -> int:
@@ -37,13 +51,24 @@ SHAPES = {
         Shape("long", (1, 16777216), 1, 1),
         Shape("long_middle", (4, 1048576, 8), 1, 1),
         Shape("tiny", (10, 128), 1, 4),
+        Shape("mixture", (8, 24, 1024), 1, 8, operator="mixture"),
+        Shape("mixture_frames", (64, 2048, 512), 1, 8, operator="mixture", on_cpu=False),
+        Shape("mixture_frames_k64", (64, 2048, 512), 1, 8, operator="mixture", num_gaussians=64, on_cpu=False),
+        Shape("frames_k1", (64, 2048, 512), 1, 8, num_gaussians=1, on_cpu=False),
+        Shape("frames_k16", (64, 2048, 512), 1, 8, num_gaussians=16, on_cpu=False),
+        Shape("frames_k64", (64, 2048, 512), 1, 8, num_gaussians=64, on_cpu=False),
+        Shape("block3", (8, 24, 1024), 1, 8, operator="block", layers=3),
+        Shape("block6", (8, 24, 1024), 1, 8, operator="block", layers=6, on_cpu=False),
+        Shape("block3_features", (64, 512, 2048), -1, 8, operator="block", layers=3, on_cpu=False),
+        Shape("block6_features", (64, 512, 2048), -1, 8, operator="block", layers=6, on_cpu=False),
+        Shape("jepa", (32, 512, 1500), 2, 1, operator="gate", on_cpu=False),
     )
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape with its data: x and grad of the timed type, parameters [num_heads, num_gaussians] in float32.
+    """One shape with its data: x and grad of the timed type, parameters in float32 (most are [heads, num_gaussians]).
 
     The parameters are float64 where x is, as a module converted with ``.double()`` would have them.
     """
@@ -51,22 +76,16 @@ class Case:
     shape: Shape
     x: Tensor
     grad: Tensor
-    mean_offsets: Tensor
-    c: Tensor
+    parameters: dict[str, Tensor]
 
+    @property
+    def mean_offsets(self) -> Tensor:
+        return self.parameters["mean_offsets"]
 
-def make_case(shape: Shape, dtype: torch.dtype, device: torch.device, num_gaussians: int, seed: int = 0) -> Case:
-    """x and grad ~ N(0, 1), offsets ~ 0.05 N(0, 1), c = exp(N(0, 1)): the data of the numeric contract."""
-    generator = torch.Generator(device).manual_seed(seed)
-    layout = torch.channels_last if shape.channels_last else torch.contiguous_format
+    @property
+    def c(self) -> Tensor:
+        return self.parameters["c"]
 
-    def normal(*dims: int) -> Tensor:
-        return torch.randn(dims, generator=generator, device=device)
-
-    def data() -> Tensor:
-        return normal(*shape.dims).to(dtype).contiguous(memory_format=layout)
-
-    of_parameters = torch.float64 if dtype == torch.float64 else torch.float32
-    heads = (shape.num_heads, num_gaussians)
-    mean_offsets, c = (0.05 * normal(*heads)).to(of_parameters), normal(*heads).exp().to(of_parameters)
-    return Case(shape, data().requires_grad_(), data(), mean_offsets, c)
+    @property
+    def num_gaussians(self) -> int:
+        return self.mean_offsets.shape[-1]

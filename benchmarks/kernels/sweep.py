@@ -36,8 +36,10 @@ class Cell:
 
     shape: str
     dims: str
+    operator: str
     norm_axis: int
     num_heads: int
+    layers: int
     num_gaussians: int
     dtype: str
     direction: str
@@ -122,7 +124,8 @@ def _cell(case: Case, direction: str, name: str) -> Cell:
     streams = 5 if direction == BOTH else 2
     dtype = str(x.dtype).removeprefix("torch.")
     dims = "x".join(map(str, shape.dims))
-    cell = Cell(shape.name, dims, shape.norm_axis, shape.num_heads, case.c.shape[1], dtype, direction, name)
+    kind = shape.operator, shape.norm_axis, shape.num_heads, shape.layers, case.num_gaussians
+    cell = Cell(shape.name, dims, *kind, dtype, direction, name)
     cell.bytes = streams * x.numel() * x.element_size()
     return cell
 
@@ -225,7 +228,7 @@ def _time(case: Case, direction: str, ready: dict[str, Contender], cells: dict[s
 
     for cell in cells.values():
         cell.of_copy = _ratio(cells[COPY], cell)
-        cell.over_upstream = _ratio(cells[UPSTREAM], cell)
+        cell.over_upstream = _ratio(cells.get(UPSTREAM), cell)
 
 
 def _enter(cells: dict[str, Cell], clock: str, measured: dict[str, Measurement | Exception]) -> None:
@@ -239,8 +242,10 @@ def _enter(cells: dict[str, Cell], clock: str, measured: dict[str, Measurement |
         setattr(cells[name], f"{clock}_repetitions", result.repetitions)
 
 
-def _ratio(other: Cell, cell: Cell) -> float | None:
-    """How many times longer ``other`` takes, by a clock that both have."""
+def _ratio(other: Cell | None, cell: Cell) -> float | None:
+    """How many times longer ``other``, where there is one, takes, by a clock that both have."""
+    if other is None:
+        return None
     if other.kernel_us is not None and cell.kernel_us is not None:
         return other.kernel_us / cell.kernel_us
     return other.wall_us / cell.wall_us if other.wall_us is not None and cell.wall_us is not None else None

@@ -24,7 +24,9 @@ def section(group: list[Cell]) -> str:
             line += [_number(c.error_dx, ".0e"), _number(c.error_parameters, ".0e"), _megabytes(c.saved_mb)]
         line += [_megabytes(c.peak_mb)]
         lines.append([*line, "" if c.status == "ok" and not c.note else f"{c.status}: {c.note}"])
-    title = f"{first.shape} [{first.dims}] {first.dtype}, axis {first.norm_axis}, {first.num_heads} heads, "
+    layers = f"{first.layers} layers, " if first.layers > 1 else ""
+    title = f"{first.shape} [{first.dims}] {first.dtype}, {first.operator}, axis {first.norm_axis}, "
+    title += f"{first.num_heads} heads, {layers}"
     text = f"\n{title}K = {first.num_gaussians}, {first.direction}\n{format_table(header, lines)}"
     fresh = _fresh_memory({cell.contender: cell.wall_us for cell in group if cell.status == "ok"})
     return f"{text}\n{fresh}" if fresh else text

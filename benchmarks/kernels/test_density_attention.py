@@ -12,7 +12,8 @@ from .check import complaint, errors, truth
 from .bare import BARE
 from .contender import DIRECTIONS
 from .contenders import CLOSED_FORM, CLOSED_FORM_COMPILED, COPY, FUSED, UPSTREAM, contenders
-from .shapes import SHAPES, make_case
+from .data import make_case
+from .shapes import SHAPES
 
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _NUM_GAUSSIANS = 4

@@ -74,6 +74,7 @@ class FeatureHeads(Family):
         return module
 
     def sample(self, trial, twin):
+        twin.backend = "reference"
         layers, features = twin.num_layers, twin.feature_size
         for index, head in enumerate(_heads(trial)):
             head.mean_offset = nn.Parameter(0.1 * waves(1, features, start=index))

@@ -21,7 +21,8 @@ from benchmarks.kernels.contenders import (
     UPSTREAM_COMPILED,
     contenders,
 )
-from benchmarks.kernels.shapes import SHAPES, Shape, make_case
+from benchmarks.kernels.data import make_case
+from benchmarks.kernels.shapes import SHAPES, Shape
 from benchmarks.kernels.table import section
 from benchmarks.report import write_csv
 from daam_kernels import native, reference
@@ -30,8 +31,11 @@ LIMITS = sweep.Limits(budget=0.0, call=60.0)
 needs_native = pytest.mark.skipif(not native.status()[0], reason="the native library is not there")
 
 
-def small_case(dtype=torch.float32, dims=(4, 12, 6), axis=1):
-    return make_case(Shape("small", dims, axis, 2), dtype, torch.device("cpu"), 3)
+FAMILY = [dict(operator="mixture"), dict(operator="block", layers=3), dict(operator="gate")]
+
+
+def small_case(dtype=torch.float32, dims=(4, 12, 6), axis=1, **options):
+    return make_case(Shape("small", dims, axis, 2, **options), dtype, torch.device("cpu"), 3)
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
@@ -57,6 +61,55 @@ def test_contenders_are_right(name, dtype):
         found = errors(direction, contender(direction, case.x, case.grad), true)
         assert complaint(contender, found) is None
         assert (found.dx is None) == (direction == FORWARD)
+
+
+@pytest.mark.parametrize("options", FAMILY, ids=lambda options: options["operator"])
+def test_all_of_the_family_are_checked_and_right(options):
+    expected = {"block": {UPSTREAM, f"{FUSED}, layer by layer"}}.get(options["operator"], set())
+    for dtype in (torch.float64, torch.bfloat16):
+        case = small_case(dtype, **options)
+        true, makers = truth(case), contenders(case)
+        assert expected == set(makers) & {UPSTREAM, UPSTREAM_COMPILED, BARE, f"{FUSED}, layer by layer"}
+        for name in (CLOSED_FORM, FUSED, *expected):
+            if name == UPSTREAM:
+                pytest.importorskip("gaussian_adaptive_attention")
+            contender = makers[name]()
+            for direction in DIRECTIONS:
+                results = contender(direction, case.x, case.grad)
+                assert complaint(contender, errors(direction, results, true)) is None
+            assert len(results) >= 2 + len(case.parameters)
+            wrong = [*results[:-1], results[-1] * 1.5]
+            assert dtype == torch.bfloat16 or "parameters" in complaint(contender, errors(BOTH, wrong, true))
+
+
+@pytest.mark.parametrize("options", FAMILY, ids=lambda options: options["operator"])
+def test_truth_of_the_family_is_the_same_however_it_is_cut(monkeypatch, options):
+    case = small_case(**options)
+    whole = truth(case)
+    monkeypatch.setattr("benchmarks.kernels.check._PART", 60)
+    cut = truth(case)
+    assert len(whole.parameters) == len(case.parameters)
+    for a, b in zip((cut.y, cut.dx, *cut.parameters), (whole.y, whole.dx, *whole.parameters)):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_gaussians_of_a_shape_come_first_and_many_are_not_compiled():
+    case = small_case(num_gaussians=20)
+    assert case.num_gaussians == 20 and UPSTREAM in contenders(case)
+    assert UPSTREAM_COMPILED not in contenders(case) and UPSTREAM_COMPILED in contenders(small_case())
+
+
+def test_a_sweep_of_the_family(monkeypatch):
+    def few(case):
+        makers = contenders(case)
+        return {name: make for name, make in makers.items() if name.startswith((FUSED, COPY))}
+
+    monkeypatch.setattr(sweep, "contenders", few)
+    for options in FAMILY:
+        for group in sweep.measure(small_case(**options), LIMITS, lambda what: None):
+            assert all(cell.status == "ok" and cell.wall_us and cell.over_upstream is None for cell in group)
+            assert group[0].operator == options["operator"] in section(group)
+            assert ("3 layers" in section(group)) == (group[0].layers == 3)
 
 
 @needs_native
