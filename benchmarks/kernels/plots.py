@@ -56,7 +56,7 @@ def _figure(rows: list[dict[str, str]], dtype: str, path: Path) -> None:
     panels[-1].set_xticks(
         range(len(shapes)), [f"{s.replace('_', ' ')}\n{dims[s]}\n{axes[s]}" for s in shapes], fontsize=8
     )
-    names = [name for name in dict.fromkeys(row["contender"] for row in rows) if _color(name)]
+    names = [name for name in dict.fromkeys(_without_backend(row["contender"]) for row in rows) if _color(name)]
     handles = [Patch(color=_color(name), label=name) for name in names]
     columns = min(len(handles), int(width / 2.2))  # one more would leave the picture
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
@@ -81,9 +81,9 @@ def _what(row: dict[str, str]) -> str:
 
 def _panel(panel, rows: list[dict[str, str]], shapes: list[str]) -> None:
     """Bars grouped by shape, in copies of the same bytes, with the time itself written on each."""
-    names = [n for n in dict.fromkeys(row["contender"] for row in rows) if _color(n)]
-    times = {(row["shape"], row["contender"]): _time(row) for row in rows}
-    status = {(row["shape"], row["contender"]): row["status"] for row in rows}
+    names = [n for n in dict.fromkeys(_without_backend(row["contender"]) for row in rows) if _color(n)]
+    times = {(row["shape"], _without_backend(row["contender"])): _time(row) for row in rows}
+    status = {(row["shape"], _without_backend(row["contender"])): row["status"] for row in rows}
     bar = 0.84 / len(names)
     panel.set_yscale("log")
     for i, name in enumerate(names):
@@ -120,7 +120,12 @@ def _time(row: dict[str, str]) -> float | None:
 
 
 def _color(contender: str) -> str | None:
-    return _COLORS.get(contender.split(" (")[0])  # the fused operator's name has its backend behind it
+    return _COLORS.get(_without_backend(contender))
+
+
+def _without_backend(contender: str) -> str:
+    """The fused operator has its backend behind its name, which differs between the shapes of one picture."""
+    return contender.split(" (")[0]
 
 
 def _readable(microseconds: float) -> str:

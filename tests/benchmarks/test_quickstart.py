@@ -249,6 +249,24 @@ def test_the_backend_that_runs_is_named(folder, monkeypatch):
     assert text == "'reference' (plain PyTorch, any device); 'native' is not available: not built here"
 
 
+def test_the_mixture_learns_and_its_densities_are_drawn(folder, tmp_path):
+    for name in ("gaussian_adaptive_attention", "matplotlib", "tqdm"):
+        pytest.importorskip(name)
+    from benchmarks.quickstart.family import MixtureLayer, plot_densities, train_mixture
+    from benchmarks.quickstart.model import SpeakerRecogniser
+    from daam_kernels import fuse
+
+    train, test = (data.Utterances(*(part[:60] for part in each)) for each in data.load([folder]))
+    fresh = MixtureLayer()
+    assert not fresh(train.frames)[torch.arange(29) >= train.lengths[:, None]].any()
+    training, right = train_mixture(train, test, epochs=2, seed=0)
+    assert training.losses[1] < training.losses[0] and 0 <= right <= 1
+    learned = training.model.block
+    assert all((p != q).any() for p, q in zip(learned.parameters(), fresh.parameters(), strict=True))
+    paths = plot_densities(fuse(SpeakerRecogniser(), verbose=False).block, learned, tmp_path)
+    assert len(paths) == 2 and all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
 def test_the_command_reports_missing_data(tmp_path, capsys):
     pytest.importorskip("gaussian_adaptive_attention")
     pytest.importorskip("tqdm")
