@@ -40,7 +40,8 @@ def truth(case: Case) -> Truth:
     rows = max(1, _PART * x.shape[0] // x.numel()) if axis % x.dim() else x.shape[0]
     y, dx = (torch.empty_like(x, dtype=torch.float64) for _ in range(2))
     sums = [torch.zeros_like(p) for p in parameters]
-    for part_x, part_grad, part_y, part_dx in zip(*(t.split(rows) for t in (x, case.grad, y, dx))):
+    sizes = operator.parts(case.shape, rows)
+    for part_x, part_grad, part_y, part_dx in zip(*(t.split(sizes) for t in (x, case.grad, y, dx))):
         part_x, part_grad = part_x.double(), part_grad.double()
         true_y, true_dx, *gradients = operator.truth(case.shape, part_x, part_grad, *parameters)
         part_y.copy_(true_y)

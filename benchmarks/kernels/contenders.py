@@ -21,7 +21,7 @@ UPSTREAM, UPSTREAM_COMPILED = "upstream eager", "upstream compiled"
 CLOSED_FORM, CLOSED_FORM_COMPILED = "closed form eager", "closed form compiled"  # daam_kernels.reference
 FUSED, FRESH_COPY, COPY = "fused", "copy, fresh output", "copy"
 
-_MOST_COMPILED = 16  # Gaussians of every head, which the compiler sees one by one
+_MOST_COMPILED = 16  # Gaussians of every head, or sequences, which the compiler sees one by one
 
 
 class Copy(Contender):
@@ -60,7 +60,8 @@ def contenders(case: Case) -> dict[str, Callable[[], Contender]]:
         if case.shape.layers == 1 and case.num_gaussians <= _MOST_COMPILED:
             makers[UPSTREAM_COMPILED] = lambda: _upstream(case, compiled=True)
     makers[CLOSED_FORM] = lambda: _closed_form(case, compiled=False)
-    makers[CLOSED_FORM_COMPILED] = lambda: _closed_form(case, compiled=True)
+    if len(case.shape.sequences) <= _MOST_COMPILED:
+        makers[CLOSED_FORM_COMPILED] = lambda: _closed_form(case, compiled=True)
     for variant in operator.variants:
         makers[f"{FUSED}, {variant}" if variant else FUSED] = partial(_fused, case, variant)
     makers |= bare_kernels(case)

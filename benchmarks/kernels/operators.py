@@ -7,6 +7,7 @@ A form is a function of x alone and the parameters that it is differentiable in,
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import Callable, NamedTuple, Sequence
 
 import torch
@@ -50,6 +51,10 @@ class Operator:
         with torch.enable_grad():
             y = self.reference(shape, *inputs)
         return y.detach(), *torch.autograd.grad(y, inputs, grad)
+
+    def parts(self, shape: Shape, rows: int) -> int | list[int]:
+        """Rows of axis 0 that can be computed apart from the others: ``rows``, where there is a choice."""
+        return rows
 
     def fused(self, case: Case, variant: str) -> Form:
         """The form of daam_kernels that is called ``variant``."""
@@ -145,6 +150,41 @@ class Block(Product):
         return [shape.norm_axis] * count, [shape.num_heads] * count, [num_gaussians] * count, count
 
 
+class Ragged(Product):
+    """The product of sequences that are packed along axis 0, each normalised by itself."""
+
+    variants = ("", "one by one")
+    has_upstream = False
+
+    def reference(self, shape, x, mean_offsets, c):
+        one = super().reference
+        return torch.cat([one(shape, part, mean_offsets, c) for part in x.split(_cut(shape.sequences, len(x)))])
+
+    def truth(self, shape, x, grad, *parameters):
+        y = super().reference(shape, x, *parameters)  # of the one sequence that a part is
+        return y, *reference.density_attention_backward(grad, x, *parameters, norm_axis=0)
+
+    def parts(self, shape, rows):
+        return list(shape.sequences)
+
+    def fused(self, case, variant):
+        mean_offsets, c = parameters = leaves(case)
+        lengths = case.shape.sequences
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=case.x.device)
+
+        def packed(x: Tensor) -> Tensor:
+            return daam_kernels.density_attention(
+                x, mean_offsets, c, norm_axis=0, cu_seqlens=bounds, max_seqlen=max(lengths)
+            )
+
+        def one_by_one(x: Tensor) -> Tensor:
+            return torch.cat(
+                [daam_kernels.density_attention(part, mean_offsets, c, norm_axis=0) for part in x.split(lengths)]
+            )
+
+        return Form(one_by_one if variant else packed, parameters)
+
+
 class Gate(Operator):
     density = "gate"
 
@@ -167,12 +207,20 @@ class Gate(Operator):
         return Form(lambda x: gate(x)[0], own)
 
 
-OPERATORS: dict[str, Operator] = {"product": Product(), "mixture": Mixture(), "block": Block(), "gate": Gate()}
+OPERATORS: dict[str, Operator] = {
+    "product": Product(), "mixture": Mixture(), "block": Block(), "ragged": Ragged(), "gate": Gate(),
+}  # fmt: skip
 
 
 def leaves(case: Case) -> list[Tensor]:
     """The parameters as leaves of a graph of their own."""
     return [parameter.clone().requires_grad_() for parameter in case.parameters.values()]
+
+
+def _cut(lengths: Sequence[int], total: int) -> list[int]:
+    """The first of the lengths that make ``total``, the last one shortened."""
+    starts = accumulate(lengths, initial=0)
+    return [min(length, total - start) for start, length in zip(starts, lengths) if start < total]
 
 
 def _upstream(module: nn.Module, heads: list[nn.Module], case: Case) -> Form:

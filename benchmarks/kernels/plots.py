@@ -29,6 +29,7 @@ _COLORS = {
     CLOSED_FORM_COMPILED: "#4a6fa5",
     FUSED: "#c0392b",
     f"{FUSED}, layer by layer": "#7d3c98",
+    f"{FUSED}, one by one": "#7d3c98",
     BARE: "#e8a29a",
 }
 

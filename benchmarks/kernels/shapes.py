@@ -19,6 +19,7 @@ class Shape:
     Attributes:
         operator: one of the family, a key of ``OPERATORS``.
         layers: of a block.
+        sequences: the lengths of those that are packed along axis 0.
         num_gaussians: where the shape is about this number; None: the one that is asked for.
         on_cpu: whether a CPU runs it where no shapes are named: all of them would take hours there.
     """
@@ -30,12 +31,20 @@ class Shape:
     channels_last: bool = False
     operator: str = "product"
     layers: int = 1
+    sequences: tuple[int, ...] = ()
     num_gaussians: int | None = None
     on_cpu: bool = True
 
     @property
     def numel(self) -> int:
         return math.prod(self.dims)
+
+
+def _ragged(count: int, shortest: int, longest: int, features: int) -> Shape:
+    """``count`` sequences of evenly spread lengths, in no order."""
+    step = (longest - shortest) / (count - 1)
+    lengths = tuple(shortest + round(step * (97 * index % count)) for index in range(count))
+    return Shape("ragged", (sum(lengths), features), 0, 4, operator="ragged", sequences=lengths, on_cpu=False)
 
 
 SHAPES = {
@@ -62,6 +71,7 @@ SHAPES = {
         Shape("block3_features", (64, 512, 2048), -1, 8, operator="block", layers=3, on_cpu=False),
         Shape("block6_features", (64, 512, 2048), -1, 8, operator="block", layers=6, on_cpu=False),
         Shape("jepa", (32, 512, 1500), 2, 1, operator="gate", on_cpu=False),
+        _ragged(256, 10, 4000, 512),
     )
 }
 

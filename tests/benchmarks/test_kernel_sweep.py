@@ -31,7 +31,12 @@ LIMITS = sweep.Limits(budget=0.0, call=60.0)
 needs_native = pytest.mark.skipif(not native.status()[0], reason="the native library is not there")
 
 
-FAMILY = [dict(operator="mixture"), dict(operator="block", layers=3), dict(operator="gate")]
+FAMILY = [
+    dict(operator="mixture"),
+    dict(operator="block", layers=3),
+    dict(operator="gate"),
+    dict(operator="ragged", dims=(19, 6), axis=0, sequences=(5, 4, 10)),
+]
 
 
 def small_case(dtype=torch.float32, dims=(4, 12, 6), axis=1, **options):
@@ -65,11 +70,13 @@ def test_contenders_are_right(name, dtype):
 
 @pytest.mark.parametrize("options", FAMILY, ids=lambda options: options["operator"])
 def test_all_of_the_family_are_checked_and_right(options):
-    expected = {"block": {UPSTREAM, f"{FUSED}, layer by layer"}}.get(options["operator"], set())
+    others = {"block": {UPSTREAM, f"{FUSED}, layer by layer"}, "ragged": {f"{FUSED}, one by one"}}
+    expected, never = others.get(options["operator"], set()), {UPSTREAM_COMPILED, BARE}
     for dtype in (torch.float64, torch.bfloat16):
         case = small_case(dtype, **options)
         true, makers = truth(case), contenders(case)
-        assert expected == set(makers) & {UPSTREAM, UPSTREAM_COMPILED, BARE, f"{FUSED}, layer by layer"}
+        assert expected | {CLOSED_FORM, FUSED} <= set(makers) and not never & set(makers)
+        assert (UPSTREAM in makers) == (UPSTREAM in expected)
         for name in (CLOSED_FORM, FUSED, *expected):
             if name == UPSTREAM:
                 pytest.importorskip("gaussian_adaptive_attention")
@@ -91,6 +98,15 @@ def test_truth_of_the_family_is_the_same_however_it_is_cut(monkeypatch, options)
     assert len(whole.parameters) == len(case.parameters)
     for a, b in zip((cut.y, cut.dx, *cut.parameters), (whole.y, whole.dx, *whole.parameters)):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_packed_sequences_are_estimated_on_a_part_of_them(monkeypatch):
+    case = small_case(**FAMILY[-1])
+    monkeypatch.setattr(sweep, "_PROBE", 7 * 6)
+    assert sweep._excess(case, BOTH, contenders(case)[CLOSED_FORM](), LIMITS) is None
+    ragged = SHAPES["ragged"]
+    assert sum(ragged.sequences) == ragged.dims[0] and min(ragged.sequences) == 10 and max(ragged.sequences) == 4000
+    assert len(set(ragged.sequences)) == 256
 
 
 def test_gaussians_of_a_shape_come_first_and_many_are_not_compiled():
