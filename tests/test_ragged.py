@@ -69,6 +69,15 @@ def test_data_on_an_offset_with_a_constant_gradient(backend):
     check(backend, x, torch.ones_like(grad), cu_seqlens, parameters)
 
 
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+def test_the_same_bits_as_a_sequence_alone(backend):
+    """Where a sequence is a call of its own. Triton's tile is that of the longest one, and sums in another order."""
+    x, _, cu_seqlens, parameters = inputs((5,), dtype=torch.float32, device=device_of(backend))
+    y = density_attention(x, *parameters, norm_axis=0, cu_seqlens=cu_seqlens, backend=backend)
+    for part in rows(cu_seqlens):
+        assert_same_bits(y[part], density_attention(x[part], *parameters, norm_axis=0, backend=backend))
+
+
 LAYOUTS = {"contiguous": lambda t: t, "transposed": transposed, "every second": every_second}
 
 

@@ -80,11 +80,9 @@ MORE = {
     ),
     "ragged rows": Case((1 << 16, 1), 0, 8, aligned=False, sequences=(64, 2048)),
     "ragged columns": Case((1 << 15, 512), 0, 8, sequences=(64, 1024)),
-    "ragged split rows": Case((1 << 20, 1), 0, 1, aligned=False, sequences=(4, 1 << 19)),
     "ragged split columns, masked": Case(
         (1 << 17, 64), 0, 1, mask=True, sequences=(16, 1 << 14), options={"padding_stats": "exclude"}
     ),
-    "mixture in ragged columns": Case((1 << 15, 512), 0, 8, density="mixture", sequences=(64, 1024)),
     "mixture in ragged split columns": Case((1 << 17, 64), 0, 1, density="mixture", sequences=(16, 1 << 14)),
 }
 CASES = {**CORE, **MORE}
