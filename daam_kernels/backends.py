@@ -83,8 +83,6 @@ def _status(backend: str, x: Tensor, density: str) -> BackendStatus:
     if backend in ("native", "cuda") and density != "product":
         return BackendStatus(False, f"it serves density='product' alone, got {density!r}")
     if backend == "triton":
-        if density not in ("product", "mixture"):
-            return BackendStatus(False, f"it serves density='product' and 'mixture', got {density!r}")
         return _triton_status(x.is_cuda)
     if backend == "native":
         status = BackendStatus(*native.status())

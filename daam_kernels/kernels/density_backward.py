@@ -407,11 +407,11 @@ def density_backward(
     log_shares: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """(dx, dmean_offsets, dc), and of a mixture dlog_shares.
+    """(dx, dmean_offsets, dc), and dlog_shares where there are log_shares.
 
     ``stats`` is what the forward pass saved, None where it saved nothing.
     """
-    if log_shares is not None:
+    if options.density != "product":
         return mixture_backward(grad, x, mean_offsets, c, log_shares, mask, options, cu_seqlens)
     mean_offsets, c = mean_offsets.contiguous(), c.contiguous()
     dx = torch.empty_like(x)

@@ -2,11 +2,13 @@
 
 ``forward_resident`` reads x once, writes y once: one launch, for slices that fit one block. Longer slices are split
 over blocks and swept three times: ``split_statistics``, ``split_normaliser`` and ``split_output`` read x three times
-and write y once. Every block merges the partial results of its slices in the same fixed order.
+and write y once; a density that is not normalised goes without the second of them. Every block merges the partial
+results of its slices in the same fixed order.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,6 +22,7 @@ from .density_math import (
     find_valid,
     finish_weights,
     first_valid,
+    gate_density,
     inverse_of,
     load_gaussians,
     load_statistics,
@@ -32,6 +35,7 @@ from .density_math import (
     mixture_density,
     mixture_over_peak,
     normaliser,
+    parameter_number,
     product_at_peak,
     product_quadratic,
     program_slices,
@@ -46,7 +50,7 @@ from .density_math import (
     value_at_peak,
     weighted_output,
 )
-from .host import SIZES, arithmetic_type, device_of, prepare, run
+from .host import SIZES, arithmetic_type, device_of, prepare, run, viewable
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -56,8 +60,9 @@ def forward_resident(
     y_stride_o, y_stride_r, y_stride_i, x_stride_o, x_stride_r, x_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    CLAMP: tl.constexpr, EPS: tl.constexpr, MIXTURE: tl.constexpr,
-    RESIDUAL: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
+    CLAMP: tl.constexpr, EPS: tl.constexpr, MIXTURE: tl.constexpr, NORMALISED: tl.constexpr,
+    PER_FEATURE: tl.constexpr, MULTIPLY: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr,
+    COLUMNS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Reads x, writes y, the weights and 3 numbers per slice where asked for. One sweep."""
@@ -80,15 +85,22 @@ def forward_resident(
     domain = valid if EXCLUDE else within
 
     shifted = x - x0[None, :]
-    count, mean, var = tile_statistics(shifted, x0, valid, domain, n, EPS, PADDED, EXCLUDE)
+    count, mean, var = tile_statistics(shifted, x0, valid, domain, n, EPS, PADDED, EXCLUDE, NORMALISED, PER_FEATURE)
     rstd = reciprocal_sqrt(var)
     if MIXTURE:
         gap = shifted * rstd[None, :]
-        asked = inside & (count > 0.0)
-        weights, top = mixture_over_peak(
-            gap, mean, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
-        )
-        log_peak = mixture_at_peak(top, EPS)
+        if NORMALISED:
+            asked = inside & (count > 0.0)
+            weights, top = mixture_over_peak(
+                gap, mean, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
+            )
+            log_peak = mixture_at_peak(top, EPS)
+        else:
+            feature = parameter_number(head, i, inner, COLUMNS, VEC)
+            weights = gate_density(
+                gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians,
+                EPS, PER_FEATURE, ACC,
+            )  # fmt: skip
     else:
         offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
         a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
@@ -100,11 +112,14 @@ def forward_resident(
             save_statistics(stats_ptr, x_peak, mean - (x_peak - x0), var, number, num_slices, inside)
         weights = density(z - peak[None, :], peak, domain, a)
         log_peak = product_at_peak(peak, rstd, a, spread, level)
-    scale, _ = normaliser(log_peak, tl.sum(weights, axis=0), CLAMP)
-    weights = finish_weights(weights, scale, valid, count, EXCLUDE)
+    if NORMALISED:
+        scale, _ = normaliser(log_peak, tl.sum(weights, axis=0), CLAMP)
+        weights = finish_weights(weights, scale, valid, count, EXCLUDE)
 
     at = tile_offsets(y_base, r, y_stride_r, COLUMNS, VEC)
-    y = weighted_output(x, weights, valid, PADDED, RESIDUAL)
+    y = weights
+    if MULTIPLY:
+        y = weighted_output(x, weights, valid, PADDED, RESIDUAL)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=within)
     if weights_ptr is not None:
         tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=within)
@@ -183,7 +198,7 @@ def split_normaliser(
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
-    x0, mean, var = merge_statistics(moments_ptr, number, slices, num_chunks, inside, EPS, BLOCK_C)
+    x0, mean, var = merge_statistics(moments_ptr, number, slices, num_chunks, inside, EPS, True, False, BLOCK_C)
     rstd = reciprocal_sqrt(var)
     if tl.program_id(1) == 0:
         save_statistics(merged_ptr, x0, mean, var, number, slices, inside)
@@ -239,7 +254,8 @@ def split_output(
     y_stride_o, y_stride_r, y_stride_i, x_stride_o, x_stride_r, x_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    CLAMP: tl.constexpr, EPS: tl.constexpr, MIXTURE: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr,
+    CLAMP: tl.constexpr, EPS: tl.constexpr, MIXTURE: tl.constexpr, NORMALISED: tl.constexpr,
+    PER_FEATURE: tl.constexpr, MULTIPLY: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr,
     COLUMNS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -253,12 +269,19 @@ def split_output(
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
-    x0, mean, var = load_statistics(merged_ptr, number, slices, inside)
+    if NORMALISED:
+        x0, mean, var = load_statistics(merged_ptr, number, slices, inside)
+    else:
+        x0, mean, var = merge_statistics(
+            moments_ptr, number, slices, num_chunks, inside, EPS, NORMALISED, PER_FEATURE, BLOCK_C
+        )
     rstd = reciprocal_sqrt(var)
     count = tl.zeros_like(x0)
     if EXCLUDE:
         count = merge_counts(moments_ptr, number, slices, num_chunks, inside, BLOCK_C)
-    if MIXTURE:
+    if not NORMALISED:
+        feature = parameter_number(head, i, inner, COLUMNS, VEC)
+    elif MIXTURE:
         peak, total = merge_mixture(partials_ptr, number, slices, num_chunks, inside, BLOCK_C)
         log_peak = mixture_at_peak(peak, EPS)
     else:
@@ -269,7 +292,8 @@ def split_output(
         if stats_ptr is not None:
             if tl.program_id(1) == 0:
                 save_statistics(stats_ptr, x_peak, mean - (x_peak - x0), var, number, slices, inside)
-    scale, _ = normaliser(log_peak, total, CLAMP)
+    if NORMALISED:
+        scale, _ = normaliser(log_peak, total, CLAMP)
 
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for t in range(tiles):
@@ -280,7 +304,12 @@ def split_output(
         if PADDED:
             valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
         domain = valid if EXCLUDE else within
-        if MIXTURE:
+        if not NORMALISED:
+            densities = gate_density(
+                (x - x0[None, :]) * rstd[None, :], mean, rstd, domain,
+                mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians, EPS, PER_FEATURE, ACC,
+            )  # fmt: skip
+        elif MIXTURE:
             densities = mixture_density(
                 (x - x0[None, :]) * rstd[None, :], mean, rstd, domain, peak,
                 mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC,
@@ -288,9 +317,13 @@ def split_output(
         else:
             gap = standardise(x - x0[None, :], mean, rstd, center) - peak[None, :]
             densities = density(gap, peak, domain, a)
-        weights = finish_weights(densities, scale, valid, count, EXCLUDE)
+        weights = densities
+        if NORMALISED:
+            weights = finish_weights(densities, scale, valid, count, EXCLUDE)
         at = tile_offsets(y_base, r, y_stride_r, COLUMNS, VEC)
-        y = weighted_output(x, weights, valid, PADDED, RESIDUAL)
+        y = weights
+        if MULTIPLY:
+            y = weighted_output(x, weights, valid, PADDED, RESIDUAL)
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=within)
         if weights_ptr is not None:
             tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=within)
@@ -310,24 +343,31 @@ def density_forward(
 ) -> None:
     """Fill y, and weights and stats where they are given; all of them as the operator allocates them.
 
-    log_shares [heads, K]: natural logarithms of the shares of a mixture, which has no stats. cu_seqlens
-    [sequences + 1]: where the sequences of a packed x [total, features] begin, and the last one ends.
+    log_shares [heads, K]: natural logarithms of the shares of a mixture or a gate. Only the product has stats.
+    cu_seqlens [sequences + 1]: where the sequences of a packed x [total, features] begin, and the last one ends.
     """
     if x.numel() == 0:
         return
-    launch, (x,), mask = prepare(x, mean_offsets, mask, cu_seqlens, options, ("y", "x"), y)
+    out = viewable(y, options)
+    details = weights if weights is None or out is y else torch.empty_like(out)
+    launch, (x,), mask = prepare(x, mean_offsets, mask, cu_seqlens, options, ("y", "x"), out)
     pointers = dict(
-        x_ptr=x, y_ptr=y, weights_ptr=weights, mask_ptr=mask, cu_seqlens_ptr=cu_seqlens, stats_ptr=stats,
+        x_ptr=x, y_ptr=out, weights_ptr=details, mask_ptr=mask, cu_seqlens_ptr=cu_seqlens, stats_ptr=stats,
         mean_offsets_ptr=mean_offsets.contiguous(), c_ptr=c.contiguous(), log_shares_ptr=log_shares,
     )  # fmt: skip
     with device_of(x):
         if not launch.tile.num_chunks:
             run(forward_resident, launch, pointers)
-            return
-        fields = x.new_empty((7, launch.tile.num_chunks, launch.num_slices), dtype=arithmetic_type(x))
-        moments, partials = fields.split((4, 3))
-        merged = fields.new_empty((3, launch.num_slices))
-        run(split_statistics, launch, dict(pointers, partials_ptr=moments))
-        pointers.update(moments_ptr=moments, merged_ptr=merged, partials_ptr=partials)
-        run(split_normaliser, launch, pointers)
-        run(split_output, launch, pointers)
+        else:
+            fields = x.new_empty((7, launch.tile.num_chunks, launch.num_slices), dtype=arithmetic_type(x))
+            moments, partials = fields.split((4, 3))
+            run(split_statistics, launch, dict(pointers, partials_ptr=moments))
+            pointers.update(moments_ptr=moments, merged_ptr=None, partials_ptr=partials)
+            if options.normalised:
+                pointers["merged_ptr"] = fields.new_empty((3, launch.num_slices))
+                run(split_normaliser, launch, pointers)
+            run(split_output, launch, pointers)
+    if out is not y:
+        y.copy_(out)
+        if weights is not None:
+            weights.copy_(details)

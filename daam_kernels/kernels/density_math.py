@@ -11,6 +11,8 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+VAR_ADDED = tl.constexpr(1e-8)  # to the variance of the per-feature Gaussian, beside eps
+VAR_FLOOR = tl.constexpr(1e-6)  # the smallest variance of the gate
 TWO_PI = tl.constexpr(6.283185307179586)
 FADED = tl.constexpr(2.0**-32)  # sums of densities below it, or above its inverse, lie far from their peak
 FAR = tl.constexpr(3e38)  # farther than any z^2, finite so that differences of it are numbers
@@ -169,14 +171,54 @@ def reciprocal_sqrt(v):
 
 
 @triton.jit
-def tile_statistics(shifted, x0, valid, domain, n, EPS: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr):
-    """(elements counted, mean - x0, variance + eps) of slices that the tile holds whole."""
+def tile_statistics(
+    shifted, x0, valid, domain, n, EPS: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
+    NORMALISED: tl.constexpr = True, PER_FEATURE: tl.constexpr = False,
+):  # fmt: skip
+    """(elements counted, mean - x0, the density's variance) of slices that the tile holds whole."""
     counted = counted_values(shifted, x0, valid, PADDED, EXCLUDE)
     count = count_elements(domain, x0, n, EXCLUDE)
-    members = tl.maximum(count, 2.0)
+    members = counted_members(count, NORMALISED)
     mean = tl.sum(tl.where(domain, counted, 0.0), axis=0) * inverse_of(members)
     deviation = tl.where(domain, counted - mean[None, :], 0.0)
-    return count, mean, tl.sum(deviation * deviation, axis=0) / (members - 1.0) + EPS
+    return count, mean, variance(tl.sum(deviation * deviation, axis=0), members, EPS, NORMALISED, PER_FEATURE)
+
+
+@triton.jit
+def counted_members(count, NORMALISED: tl.constexpr):
+    """``count``, or the fewest elements that a slice must have for its variance."""
+    return tl.maximum(count, 2.0 if NORMALISED else 1.0)
+
+
+@triton.jit
+def variance(squares, members, EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr):
+    """A density's variance from the sum of the squared deviations: unbiased, or biased where it is not normalised."""
+    if NORMALISED:
+        var = squares / (members - 1.0) + EPS
+    elif PER_FEATURE:
+        var = squares / members + (EPS + VAR_ADDED)
+    else:
+        var = squares / members
+        var = tl.maximum(var, variance_floor(var))
+    return var
+
+
+@triton.jit
+def variance_floor(var):
+    """The smallest variance of the gate in the type of ``var``: a number alone would be rounded to float32."""
+    return tl.zeros_like(var) + VAR_FLOOR
+
+
+@triton.jit
+def through_variance_of(second, rstd, var, members, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr):
+    """What (x - mean) / sqrt(var) is multiplied with in dx; ``second`` is the gradient of var, times 2 var."""
+    if NORMALISED:
+        through = second * rstd / (members - 1.0)
+    else:
+        through = second * rstd / members
+        if not PER_FEATURE:
+            through = tl.where(var > variance_floor(var), through, 0.0)
+    return through
 
 
 @triton.jit
@@ -291,6 +333,46 @@ def largest_share(log_shares_ptr, head, num_gaussians, ACC: tl.constexpr):
 
 
 @triton.jit
+def parameter_number(head, i, inner, COLUMNS: tl.constexpr, VEC: tl.constexpr):
+    """Where the parameters [heads, inner] of the per-feature Gaussian are for slices at i in inner."""
+    return head.to(tl.int64) * inner * (VEC if COLUMNS else 1) + i
+
+
+@triton.jit
+def gaussian_part(
+    gap, mean, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, feature, inside, num_gaussians,
+    EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Of Gaussian k: (its part of the densities, e, 1 / c^2, how much of its width grows with sqrt(var)).
+
+    The mixture's parts are over 2^top, others as they are, and have no top. ``feature`` is what ``parameter_number``
+    gave. The gate's Gaussians have eps added to their width; the per-feature one has c in the place of c^2.
+    """
+    grows = 1.0
+    if NORMALISED:
+        offset, inverse, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+        part = tl.exp2(gaussian_term(gap, mean, rstd, offset, inverse, share, top))
+        e = gap - ((mean + offset) * rstd)[None, :]
+    else:
+        if PER_FEATURE:
+            offset = tl.load(mean_offsets_ptr + feature, mask=inside, other=0.0).to(ACC)
+            inverse = inverse_of(tl.load(c_ptr + feature, mask=inside, other=1.0).to(ACC))[None, :]
+            share = tl.zeros_like(rstd)
+        else:
+            at = head.to(tl.int64) * num_gaussians + k
+            offset = tl.load(mean_offsets_ptr + at).to(ACC)
+            width = tl.load(c_ptr + at).to(ACC)
+            whole = width + EPS * rstd
+            inverse = inverse_of(whole * whole)[None, :]
+            grows = width / whole
+            share = tl.zeros_like(rstd) + tl.load(log_shares_ptr + at).to(ACC) * LOG2_E
+        e = gap - ((mean + offset) * rstd)[None, :]
+        # Not e^2: where it overflows, it may be 0 times infinity.
+        part = tl.exp2(share[None, :] - e * (e * (inverse * (0.5 * LOG2_E))))
+    return part, e, inverse, grows
+
+
+@triton.jit
 def mixture_density(
     gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC: tl.constexpr
 ):
@@ -300,6 +382,22 @@ def mixture_density(
         densities += tl.exp2(
             mixture_term(gap, mean, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
         )
+    return tl.where(domain, densities, 0.0)
+
+
+@triton.jit
+def gate_density(
+    gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians,
+    EPS: tl.constexpr, PER_FEATURE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The densities that are not normalised: K exponentials an element."""
+    densities = tl.zeros_like(gap)
+    for k in range(num_gaussians):
+        part, _e, _inverse, _grows = gaussian_part(
+            gap, mean, rstd, rstd, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, feature, inside, num_gaussians,
+            EPS, False, PER_FEATURE, ACC,
+        )  # fmt: skip
+        densities += part
     return tl.where(domain, densities, 0.0)
 
 
@@ -416,8 +514,11 @@ def merge_counts(partials_ptr, number, num_slices, num_chunks, inside, BLOCK_C: 
 
 
 @triton.jit
-def merge_statistics(partials_ptr, number, num_slices, num_chunks, inside, EPS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(x0, mean - x0, variance + eps) of whole slices from the (count, x0, mean - x0, squares) of their runs."""
+def merge_statistics(
+    partials_ptr, number, num_slices, num_chunks, inside,
+    EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """(x0, mean - x0, density's variance) of whole slices from the (count, x0, mean - x0, squares) of their runs."""
     at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
     field = num_slices * num_chunks
     counts = tl.load(partials_ptr + at, mask=there, other=0.0)
@@ -426,11 +527,12 @@ def merge_statistics(partials_ptr, number, num_slices, num_chunks, inside, EPS: 
     squares = tl.load(partials_ptr + 3 * field + at, mask=there, other=0.0)
     present = counts > 0.0
     x0 = pick_first(x0s, present, BLOCK_C)
-    members = tl.maximum(tl.sum(counts, axis=0), 2.0)
+    members = counted_members(tl.sum(counts, axis=0), NORMALISED)
     offsets = tl.where(present, (x0s - x0[None, :]) + means, 0.0)
     mean = tl.sum(counts * offsets, axis=0) * inverse_of(members)
     deviation = offsets - mean[None, :]
-    return x0, mean, tl.sum(squares + counts * deviation * deviation, axis=0) / (members - 1.0) + EPS
+    total = tl.sum(squares + counts * deviation * deviation, axis=0)
+    return x0, mean, variance(total, members, EPS, NORMALISED, PER_FEATURE)
 
 
 @triton.jit

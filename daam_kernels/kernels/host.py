@@ -42,7 +42,7 @@ def prepare(
     tensors = (x, *others) if mask is None else (x, *others, mask.expand(x.shape))
     num_sequences = None
     if cu_seqlens is None:
-        tensors = with_views(out, options.norm_axis, *tensors)
+        tensors = with_views(out, options.norm_axis, *tensors, in_order=_in_order(options))
     else:
         num_sequences = cu_seqlens.numel() - 1
         if options.max_seqlen is None:
@@ -52,6 +52,18 @@ def prepare(
     if mask is None:
         return launch, tensors, None
     return launch, tensors[:-1], tensors[-1].view(torch.uint8)
+
+
+def viewable(out: Tensor, options: DensityOptions) -> Tensor:
+    """``out``, or where it is in no order that its density can be written in, a tensor to write instead and copy."""
+    if not _in_order(options) or slice_view(out.shape, options.norm_axis, out.stride(), in_order=True) is not None:
+        return out
+    return torch.empty_like(out, memory_format=torch.contiguous_format)
+
+
+def _in_order(options: DensityOptions) -> bool:
+    """Whether inner must be the axes behind ``norm_axis``, in their order: a parameter of each is at stake."""
+    return options.density == "gaussian"
 
 
 def run(kernel: Any, launch: Launch, pointers: dict[str, Tensor | None], grid: tuple[int, ...] = ()) -> None:
@@ -78,7 +90,7 @@ def _launch(
     options: DensityOptions,
 ) -> Launch:
     if num_sequences is None:
-        view = slice_view(shape, options.norm_axis, *layouts)
+        view = slice_view(shape, options.norm_axis, *layouts, in_order=_in_order(options))
     else:  # of no more than all rows, whatever max_seqlen says
         view = packed_view(num_sequences, min(options.max_seqlen, shape[0]), shape[1], *layouts)
     padding = options.padding_in(dtype)
@@ -89,9 +101,13 @@ def _launch(
         "PADDED": padded,
         "EXCLUDE": padded and options.padding_stats == "exclude",
         "CLAMP": options.normalize == "clamp",
-        "MIXTURE": options.density == "mixture",
+        "MIXTURE": options.density != "product",  # evaluated Gaussian by Gaussian
+        "NORMALISED": options.normalised,
+        "PER_FEATURE": options.density == "gaussian",
+        "MULTIPLY": options.multiply,
         "RESIDUAL": options.residual,
         "EPS": options.eps,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
     }
-    return density_launch(view, names, *parameters, dtype.itemsize, flags)
+    num_heads, num_gaussians = parameters
+    return density_launch(view, names, num_heads, 1 if flags["PER_FEATURE"] else num_gaussians, dtype.itemsize, flags)

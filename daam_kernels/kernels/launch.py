@@ -40,6 +40,7 @@ _WARPS_ROWS, _WARPS_COLUMNS = 16, 8
 _THREAD_ELEMENTS = 8
 _WIDE_ROW, _NARROW_ROW = 256, 64  # bytes of neighbouring slices in a row of a tile, at best and at least
 _PROGRAMS = 528  # that long slices are split for: four for each of an H200's 132 processors
+_FEATURES, _ROWS = 64, 16  # whose partial sums a program adds, and how many at a time
 _REDUCTION = 4096  # partial sums of the parameter gradients that are added at a time
 
 
@@ -99,6 +100,8 @@ def density_launch(
     num_partials = tile.num_blocks
     if flags["MIXTURE"]:  # a tile each
         num_partials *= max(1, tile.num_chunks) * tile.tiles
+    if flags["PER_FEATURE"]:  # a tile of each slice
+        num_partials = view.outer * max(1, tile.num_chunks) * tile.tiles * view.inner
     values = {
         "outer": view.outer,
         "chunk": chunk if tile.columns else chunk // vec,
@@ -117,6 +120,8 @@ def density_launch(
         "BLOCK_K": _power_of_two(num_gaussians),
         "BLOCK_C": _power_of_two(tile.num_chunks or 1),
         "BLOCK_P": min(_REDUCTION, _power_of_two(num_partials)),
+        "BLOCK_F": min(_FEATURES, _power_of_two(view.inner)),
+        "BLOCK_N": _ROWS,
         **flags,
     }
     for name, (o, r, i) in zip(names, view.strides):

@@ -10,6 +10,10 @@ does not cancel where g is nearly constant and x has an offset.
 Longer ones are swept four times: the forward's ``split_statistics`` and ``split_normaliser`` read x, then
 ``mixture_split_sums`` and ``mixture_split_gradient`` read both. Every tile writes three sums per Gaussian for the
 parameter gradients, which ``mixture_parameter_gradients`` adds in a fixed order: the same bits from run to run.
+
+The gate and the per-feature Gaussian, which are not normalised, take the same way with less on it: S = 1 and h = q.
+Split slices are swept three times, by ``split_statistics``, ``mixture_split_slopes`` and ``mixture_split_gradient``.
+Parameters of each feature have two sums of each slice, which ``feature_parameter_gradients`` adds.
 """
 
 from __future__ import annotations
@@ -23,41 +27,37 @@ from ..options import DensityOptions
 from .density_forward import split_normaliser, split_statistics
 from .density_math import (
     FAR,
+    counted_members,
     find_valid,
     finish_weights,
     first_valid,
-    gaussian_term,
+    gate_density,
+    gaussian_part,
     input_gradient,
-    load_gaussian,
     load_statistics,
     load_tile,
+    merge_counts,
     merge_mixture,
+    merge_statistics,
     mixture_at_peak,
     mixture_density,
     mixture_over_peak,
     normaliser,
+    parameter_number,
     partial_offsets,
     pick_first,
     program_slices,
     reciprocal_sqrt,
     relative_gradient,
+    save_statistics,
     slice_number,
     slice_offsets,
     store_rounded,
+    through_variance_of,
     tile_offsets,
     tile_statistics,
 )
-from .host import SIZES, arithmetic_type, device_of, prepare, run
-
-
-@triton.jit
-def gaussian_part(
-    gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC: tl.constexpr
-):
-    """Of one Gaussian: (its part of the densities over 2^top, e, 1 / c^2)."""
-    offset, inverse, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
-    term = gaussian_term(gap, mean, rstd, offset, inverse, share, top)
-    return tl.where(domain, tl.exp2(term), 0.0), gap - ((mean + offset) * rstd)[None, :], inverse
+from .host import SIZES, arithmetic_type, device_of, prepare, run, viewable
 
 
 @triton.jit
@@ -75,44 +75,74 @@ def centred_gradient(
 
 
 @triton.jit
+def gate_gradient(g, g_valid, x, domain, MULTIPLY: tl.constexpr):
+    """The gradient of the weights of a density that is not normalised: g x of what is valid, or g if y is they."""
+    h = g_valid * x if MULTIPLY else g
+    return tl.where(domain, h, 0.0)
+
+
+@triton.jit
 def slopes(
-    gap, mean, rstd, h, domain, top, inside, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
-    head, partial, num_gaussians, num_partials, ACC: tl.constexpr,
+    gap, mean, rstd, h, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
+    head, feature, inside, partial, num_gaussians, num_partials,
+    EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(sum_k m_jk h_j e_jk / c_k^2 of a tile, its sum over the tile, that of the same times e_jk).
 
-    Saves the sums over the tile that the gradients of the Gaussians need, at [head, k, 3, partial].
+    Saves the sums over the tile that the gradients of the Gaussians need, at [head, k, 3, partial]; of the per-feature
+    one those of each slice, at [head, 2, partial of the slice]. Where there are no partials it saves nothing.
     """
     slope = tl.zeros_like(gap)
     first = tl.zeros_like(rstd)
     second = tl.zeros_like(rstd)
-    at = partials_ptr + head.to(tl.int64) * num_gaussians * 3 * num_partials + partial
     for k in range(num_gaussians):
-        part, e, inverse = gaussian_part(
-            gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC
-        )
-        share = part * h
+        part, e, inverse, grows = gaussian_part(
+            gap, mean, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, feature, inside, num_gaussians,
+            EPS, NORMALISED, PER_FEATURE, ACC,
+        )  # fmt: skip
+        share = tl.where(domain, part, 0.0) * h
         by_e = share * e * inverse
         slope += by_e
         sum_e = tl.sum(by_e, axis=0)
         sum_ee = tl.sum(by_e * e, axis=0)
+        if not NORMALISED:
+            sum_ee *= grows
         first += sum_e
         second += sum_ee
-        tl.store(at, tl.sum(tl.where(inside, tl.sum(share, axis=0), 0.0), axis=0))
-        tl.store(at + num_partials, tl.sum(tl.where(inside, sum_e * rstd, 0.0), axis=0))
-        tl.store(at + 2 * num_partials, tl.sum(tl.where(inside, sum_ee, 0.0), axis=0))
-        at += 3 * num_partials
+        if partials_ptr is not None:
+            if PER_FEATURE:
+                at = partials_ptr + head.to(tl.int64) * 2 * num_partials + partial
+                tl.store(at, sum_e * rstd, mask=inside)
+                tl.store(at + num_partials, sum_ee, mask=inside)
+            else:
+                at = partials_ptr + (head.to(tl.int64) * num_gaussians + k) * 3 * num_partials + partial
+                tl.store(at, tl.sum(tl.where(inside, tl.sum(share, axis=0), 0.0), axis=0))
+                tl.store(at + num_partials, tl.sum(tl.where(inside, sum_e * rstd, 0.0), axis=0))
+                tl.store(at + 2 * num_partials, tl.sum(tl.where(inside, sum_ee, 0.0), axis=0))
     return slope, first, second
+
+
+@triton.jit
+def partial_number(
+    block, o, i, inner, tile, tiles, num_chunks, PER_FEATURE: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr
+):
+    """Where a tile's partial sums go: by its block, run and tile; or [outer, run, tile, inner] of each slice."""
+    block = o if PER_FEATURE else block
+    number = (block * tl.maximum(num_chunks, 1) + tl.program_id(1)) * tiles + tile
+    if PER_FEATURE:
+        number = number * inner * (VEC if COLUMNS else 1) + i
+    return number
 
 
 @triton.jit(do_not_specialize=SIZES)
 def mixture_backward_resident(
     x_ptr, g_ptr, dx_ptr, mask_ptr, cu_seqlens_ptr, partials_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
-    outer, chunk, length, inner, num_heads, num_gaussians, num_partials,
+    outer, chunk, length, inner, num_heads, num_gaussians, num_chunks, num_partials, tiles,
     dx_stride_o, dx_stride_r, dx_stride_i, x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    CLAMP: tl.constexpr, EPS: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr,
+    CLAMP: tl.constexpr, EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr,
+    MULTIPLY: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr,
     COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g, writes dx, and three sums per Gaussian and block. One sweep."""
@@ -137,40 +167,51 @@ def mixture_backward_resident(
         x0 = tl.load(x_ptr + x_base, mask=inside, other=0.0).to(ACC)
     domain = valid if EXCLUDE else within
     shifted = x - x0[None, :]
-    count, mean, var = tile_statistics(shifted, x0, valid, domain, n, EPS, PADDED, EXCLUDE)
+    count, mean, var = tile_statistics(shifted, x0, valid, domain, n, EPS, PADDED, EXCLUDE, NORMALISED, PER_FEATURE)
     rstd = reciprocal_sqrt(var)
     gap = shifted * rstd[None, :]
     if EXCLUDE:
         gap = tl.where(valid, gap, 0.0)
-    asked = inside & (count > 0.0)
-    densities, top = mixture_over_peak(
-        gap, mean, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
-    )
-    scale, clamped = normaliser(mixture_at_peak(top, EPS), tl.sum(densities, axis=0), CLAMP)
-    weights = finish_weights(densities, scale, valid, count, EXCLUDE)
-
-    # Seen from the element of largest density, and from the weighted mean of g: q is 0 where all the weight may be.
-    largest = domain & (densities == tl.max(densities, axis=0)[None, :])
-    x_largest = tl.max(tl.where(largest, x, -FAR), axis=0)
-    from_largest = tl.where(domain, x - x_largest[None, :], 0.0)
-    g0 = tl.sum(weights * g_valid, axis=0)
-    q = (g_valid - g0[None, :]) * x_largest[None, :] + g_valid * from_largest
-    q_mean = tl.sum(weights * q, axis=0)
-    h = centred_gradient(q, q_mean, g_valid, x, scale, domain, count, clamped, CLAMP, EXCLUDE)
+    feature = parameter_number(head, i, inner, COLUMNS, VEC)
+    if NORMALISED:
+        asked = inside & (count > 0.0)
+        weights, top = mixture_over_peak(
+            gap, mean, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
+        )
+        # Seen from the element of largest density, and from the weighted mean of g: q is 0 where all the weight may be.
+        largest = domain & (weights == tl.max(weights, axis=0)[None, :])
+        scale, clamped = normaliser(mixture_at_peak(top, EPS), tl.sum(weights, axis=0), CLAMP)
+        weights = finish_weights(weights, scale, valid, count, EXCLUDE)
+        x_largest = tl.max(tl.where(largest, x, -FAR), axis=0)
+        from_largest = tl.where(domain, x - x_largest[None, :], 0.0)
+        g0 = tl.sum(weights * g_valid, axis=0)
+        q = (g_valid - g0[None, :]) * x_largest[None, :] + g_valid * from_largest
+        q_mean = tl.sum(weights * q, axis=0)
+        h = centred_gradient(q, q_mean, g_valid, x, scale, domain, count, clamped, CLAMP, EXCLUDE)
+    else:
+        top = rstd  # of no use there
+        weights = gate_density(
+            gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians,
+            EPS, PER_FEATURE, ACC,
+        )  # fmt: skip
+        h = gate_gradient(g, g_valid, x, domain, MULTIPLY)
     slope, first, second = slopes(
-        gap, mean, rstd, h, domain, top, inside, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
-        head, block, num_gaussians, num_partials, ACC,
+        gap, mean, rstd, h, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
+        head, feature, inside, partial_number(block, o, i, inner, 0, tiles, num_chunks, PER_FEATURE, COLUMNS, VEC),
+        num_gaussians, num_partials, EPS, NORMALISED, PER_FEATURE, ACC,
     )  # fmt: skip
 
-    members = tl.maximum(count, 2.0)
+    members = counted_members(count, NORMALISED)
     mean_slope = first / members
     left = tl.where(domain, slope - mean_slope[None, :], 0.0)
     mean_slope += tl.sum(left, axis=0) / members  # what rounding left
     standard = gap - (mean * rstd)[None, :]
+    through_var = through_variance_of(second, rstd, var, members, NORMALISED, PER_FEATURE)
+    if not MULTIPLY:  # y is not made of x itself
+        g = tl.zeros_like(g)
     dx = input_gradient(
-        g, weights, standard, second * rstd / (members - 1.0), slope - mean_slope[None, :], mean_slope, rstd, valid,
-        PADDED, RESIDUAL,
-    )  # fmt: skip
+        g, weights, standard, through_var, slope - mean_slope[None, :], mean_slope, rstd, valid, PADDED, RESIDUAL
+    )
     at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)
 
@@ -182,7 +223,7 @@ def mixture_split_sums(
     x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
+    EPS: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g; writes what ``merge_mixture_sums`` needs of each run: 8 numbers, [8, chunks, slices]."""
@@ -233,9 +274,11 @@ def mixture_split_sums(
         by_e = tl.zeros_like(gap)
         by_ee = tl.zeros_like(gap)
         for k in range(num_gaussians):
-            part, e, inverse = gaussian_part(
-                gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC
-            )
+            part, e, inverse, _grows = gaussian_part(
+                gap, mean, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, number, inside, num_gaussians,
+                EPS, True, False, ACC,
+            )  # fmt: skip
+            part = tl.where(domain, part, 0.0)
             by_one += part
             part *= e * inverse
             by_e += part
@@ -300,15 +343,80 @@ def merge_mixture_sums(
 
 
 @triton.jit(do_not_specialize=SIZES)
+def mixture_split_slopes(
+    x_ptr, g_ptr, mask_ptr, cu_seqlens_ptr, moments_ptr, merged_ptr, sums_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
+    outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, num_partials, tiles,
+    x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
+    mask_stride_o, mask_stride_r, mask_stride_i,
+    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
+    EPS: tl.constexpr, PER_FEATURE: tl.constexpr, MULTIPLY: tl.constexpr, ACC: tl.constexpr,
+    COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Reads x and g; writes the merged statistics, and the sums of the slopes and of the slopes times e of each run,
+    [2, chunks, slices]: all that a density that is not normalised needs."""
+    head, _block, start, n, o, i, inside = program_slices(
+        cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
+    )
+    x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
+    g_base = slice_offsets(o, i, start, g_stride_o, g_stride_r, g_stride_i, COLUMNS, VEC)
+    if PADDED:
+        mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
+    number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
+    feature = parameter_number(head, i, inner, COLUMNS, VEC)
+    slices = num_slices.to(tl.int64)
+    x0, mean, var = merge_statistics(moments_ptr, number, slices, num_chunks, inside, EPS, False, PER_FEATURE, BLOCK_C)
+    rstd = reciprocal_sqrt(var)
+    if tl.program_id(1) == 0:
+        save_statistics(merged_ptr, x0, mean, var, number, slices, inside)
+
+    sum_slopes = tl.zeros([BLOCK_S], ACC)
+    sum_e = tl.zeros([BLOCK_S], ACC)
+    start_of_run = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
+    for tile in range(tiles):
+        r = start_of_run + tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        within = (r < n)[:, None] & inside[None, :]
+        x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
+        g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
+        valid = within
+        g_valid = g
+        if PADDED:
+            valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
+            g_valid = tl.where(valid, g, 0.0)
+        domain = valid if EXCLUDE else within
+        gap = (x - x0[None, :]) * rstd[None, :]
+        if EXCLUDE:
+            gap = tl.where(valid, gap, 0.0)
+        h = gate_gradient(g, g_valid, x, domain, MULTIPLY)
+        _slope, first, second = slopes(
+            gap, mean, rstd, h, domain, rstd, mean_offsets_ptr, c_ptr, log_shares_ptr, None,
+            head, feature, inside, number, num_gaussians, num_partials, EPS, False, PER_FEATURE, ACC,
+        )  # fmt: skip
+        sum_slopes += first
+        sum_e += second
+    at = sums_ptr + number + tl.program_id(1) * slices
+    tl.store(at, sum_slopes, mask=inside)
+    tl.store(at + slices * num_chunks, sum_e, mask=inside)
+
+
+@triton.jit
+def merge_slopes(sums_ptr, number, num_slices, num_chunks, inside, BLOCK_C: tl.constexpr):
+    """(sum of the slopes, sum of the slopes times e) of whole slices from those of their runs."""
+    at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
+    first = tl.sum(tl.load(sums_ptr + at, mask=there, other=0.0), axis=0)
+    return first, tl.sum(tl.load(sums_ptr + num_slices * num_chunks + at, mask=there, other=0.0), axis=0)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def mixture_split_gradient(
-    x_ptr, g_ptr, dx_ptr, mask_ptr, cu_seqlens_ptr, merged_ptr, tops_ptr, sums_ptr, partials_ptr,
+    x_ptr, g_ptr, dx_ptr, mask_ptr, cu_seqlens_ptr, moments_ptr, merged_ptr, tops_ptr, sums_ptr, partials_ptr,
     mean_offsets_ptr, c_ptr, log_shares_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, num_partials, tiles,
     dx_stride_o, dx_stride_r, dx_stride_i, x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    CLAMP: tl.constexpr, EPS: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr,
-    VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    CLAMP: tl.constexpr, EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr,
+    MULTIPLY: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g, writes dx, and three sums per Gaussian and tile."""
     head, block, start, n, o, i, inside = program_slices(
@@ -323,15 +431,20 @@ def mixture_split_gradient(
     slices = num_slices.to(tl.int64)
     x0, mean, var = load_statistics(merged_ptr, number, slices, inside)
     rstd = reciprocal_sqrt(var)
-    top, _total = merge_mixture(tops_ptr, number, slices, num_chunks, inside, BLOCK_C)
-    count, scale, clamped, g0, q_mean, sum_slopes, sum_e = merge_mixture_sums(
-        sums_ptr, number, slices, num_chunks, inside, x0, top, CLAMP, EXCLUDE, EPS, BLOCK_C
-    )
-    members = tl.maximum(count, 2.0)
+    feature = parameter_number(head, i, inner, COLUMNS, VEC)
+    if NORMALISED:
+        top, _total = merge_mixture(tops_ptr, number, slices, num_chunks, inside, BLOCK_C)
+        count, scale, clamped, g0, q_mean, sum_slopes, sum_e = merge_mixture_sums(
+            sums_ptr, number, slices, num_chunks, inside, x0, top, CLAMP, EXCLUDE, EPS, BLOCK_C
+        )
+    else:
+        top = rstd  # of no use there
+        count = merge_counts(moments_ptr, number, slices, num_chunks, inside, BLOCK_C)
+        sum_slopes, sum_e = merge_slopes(sums_ptr, number, slices, num_chunks, inside, BLOCK_C)
+    members = counted_members(count, NORMALISED)
     mean_slope = sum_slopes / members
-    through_var = sum_e * rstd / (members - 1.0)
+    through_var = through_variance_of(sum_e, rstd, var, members, NORMALISED, PER_FEATURE)
 
-    run_of_tiles = (block * num_chunks + tl.program_id(1)) * tiles
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for tile in range(tiles):
         r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -347,16 +460,28 @@ def mixture_split_gradient(
         gap = (x - x0[None, :]) * rstd[None, :]
         if EXCLUDE:
             gap = tl.where(valid, gap, 0.0)
-        q = relative_gradient(g_valid, gap, x0, var * rstd, g0)
-        h = centred_gradient(q, q_mean, g_valid, x, scale, domain, count, clamped, CLAMP, EXCLUDE)
+        if NORMALISED:
+            q = relative_gradient(g_valid, gap, x0, var * rstd, g0)
+            h = centred_gradient(q, q_mean, g_valid, x, scale, domain, count, clamped, CLAMP, EXCLUDE)
+        else:
+            h = gate_gradient(g, g_valid, x, domain, MULTIPLY)
+        partial = partial_number(block, o, i, inner, tile, tiles, num_chunks, PER_FEATURE, COLUMNS, VEC)
         slope, _first, _second = slopes(
-            gap, mean, rstd, h, domain, top, inside, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
-            head, run_of_tiles + tile, num_gaussians, num_partials, ACC,
+            gap, mean, rstd, h, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
+            head, feature, inside, partial, num_gaussians, num_partials, EPS, NORMALISED, PER_FEATURE, ACC,
         )  # fmt: skip
-        densities = mixture_density(
-            gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
-        )
-        weights = finish_weights(densities, scale, valid, count, EXCLUDE)
+        if NORMALISED:
+            densities = mixture_density(
+                gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
+            )
+            weights = finish_weights(densities, scale, valid, count, EXCLUDE)
+        else:
+            weights = gate_density(
+                gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians,
+                EPS, PER_FEATURE, ACC,
+            )  # fmt: skip
+        if not MULTIPLY:  # y is not made of x itself
+            g = tl.zeros_like(g)
         standard = gap - (mean * rstd)[None, :]
         dx = input_gradient(
             g, weights, standard, through_var, slope - mean_slope[None, :], mean_slope, rstd, valid, PADDED, RESIDUAL
@@ -389,29 +514,66 @@ def mixture_parameter_gradients(
     store_rounded(d_c_ptr + number, add_partials(at + 2 * num_partials, num_partials, BLOCK_P) / width, None)
 
 
+@triton.jit
+def add_rows(at, rows, features, inside, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
+    """The sums over rows of partial sums [rows, features], in float64 and a fixed order; ``at`` is the first row."""
+    lane = tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_N, BLOCK_F], tl.float64)
+    for first in range(0, rows, BLOCK_N):
+        row = first + lane
+        there = (row < rows)[:, None] & inside[None, :]
+        pointers = at[None, :] + row.to(tl.int64)[:, None] * features
+        total += tl.load(pointers, mask=there, other=0.0).to(tl.float64)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def feature_parameter_gradients(
+    partials_ptr, c_ptr, d_mean_offsets_ptr, d_c_ptr, inner, num_partials,
+    COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Adds the partial sums [heads, 2, rows, features] of some features of one head."""
+    features = inner * (VEC if COLUMNS else 1)
+    head = tl.program_id(0).to(tl.int64)
+    feature = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    inside = feature < features
+    at = partials_ptr + head * 2 * num_partials + feature
+    number = head * features + feature
+    width = tl.load(c_ptr + number, mask=inside, other=1.0).to(tl.float64)
+    rows = num_partials // features
+    d_offset = add_rows(at, rows, features, inside, BLOCK_N, BLOCK_F)
+    d_width = 0.5 * add_rows(at + num_partials, rows, features, inside, BLOCK_N, BLOCK_F) / width
+    store_rounded(d_mean_offsets_ptr + number, d_offset, inside)
+    store_rounded(d_c_ptr + number, d_width, inside)
+
+
 def mixture_backward(
     grad: Tensor,
     x: Tensor,
     mean_offsets: Tensor,
     c: Tensor,
-    log_shares: Tensor,
+    log_shares: Tensor | None,
     mask: Tensor | None,
     options: DensityOptions,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dmean_offsets, dc, dlog_shares)."""
-    parameters = mean_offsets.contiguous(), c.contiguous(), log_shares.contiguous()
+) -> tuple[Tensor, ...]:
+    """(dx, dmean_offsets, dc), and dlog_shares where these are."""
+    parameters = [t.contiguous() for t in (mean_offsets, c, log_shares) if t is not None]
     dx = torch.empty_like(x)
     gradients = tuple(torch.empty_like(p) for p in parameters)
     if x.numel() == 0:
         return dx, *(t.zero_() for t in gradients)
-    launch, (x, g), mask = prepare(x, mean_offsets, mask, cu_seqlens, options, ("dx", "x", "g"), dx, grad)
+    out = viewable(dx, options)
+    launch, (x, g), mask = prepare(x, mean_offsets, mask, cu_seqlens, options, ("dx", "x", "g"), out, grad)
     heads, gaussians = mean_offsets.shape
-    partials = x.new_empty((heads, gaussians, 3, launch.values["num_partials"]), dtype=arithmetic_type(x))
+    per_feature = options.density == "gaussian"
+    sums_per_head = (2,) if per_feature else (gaussians, 3)
+    partials = x.new_empty((heads, *sums_per_head, launch.values["num_partials"]), dtype=arithmetic_type(x))
     pointers = dict(
-        x_ptr=x, g_ptr=g, dx_ptr=dx, mask_ptr=mask, cu_seqlens_ptr=cu_seqlens, partials_ptr=partials,
-        **dict(zip(("mean_offsets_ptr", "c_ptr", "log_shares_ptr"), parameters)),
+        x_ptr=x, g_ptr=g, dx_ptr=out, mask_ptr=mask, cu_seqlens_ptr=cu_seqlens, partials_ptr=partials,
+        log_shares_ptr=None, tops_ptr=None,
     )  # fmt: skip
+    pointers.update(zip(("mean_offsets_ptr", "c_ptr", "log_shares_ptr"), parameters))
     with device_of(x):
         chunks = launch.tile.num_chunks
         if not chunks:
@@ -423,9 +585,17 @@ def mixture_backward(
                 moments_ptr=moments, merged_ptr=partials.new_empty((3, launch.num_slices)), tops_ptr=tops, sums_ptr=sums
             )
             run(split_statistics, launch, dict(pointers, partials_ptr=moments))
-            run(split_normaliser, launch, dict(pointers, partials_ptr=tops))
-            run(mixture_split_sums, launch, pointers)
+            if options.normalised:
+                run(split_normaliser, launch, dict(pointers, partials_ptr=tops))
+                run(mixture_split_sums, launch, pointers)
+            else:
+                run(mixture_split_slopes, launch, pointers)
             run(mixture_split_gradient, launch, pointers)
         names = "d_mean_offsets_ptr", "d_c_ptr", "d_log_shares_ptr"
-        run(mixture_parameter_gradients, launch, dict(pointers, **dict(zip(names, gradients))), grid=(heads, gaussians))
-    return dx, *gradients
+        pointers.update(zip(names, gradients))
+        if per_feature:
+            grid = heads, -(-gaussians // launch.values["BLOCK_F"])
+            run(feature_parameter_gradients, launch, pointers, grid=grid)
+        else:
+            run(mixture_parameter_gradients, launch, pointers, grid=(heads, gaussians))
+    return dx if out is dx else dx.copy_(out), *gradients

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -59,6 +60,8 @@ CORE = {
     "mixture in columns": Case((4, 2048, 512), 1, 8, density="mixture", gaussians=64),
     "mixture in split rows": Case((1, 1 << 20), 1, 1, density="mixture", weights=True),
     "mixture in split columns": Case((2, 16384, 64), 1, 1, density="mixture"),
+    "gate in rows": Case((64, 2048), 1, 1, density="gate"),
+    "gaussian in columns": Case((4, 96, 1024), 1, 8, density="gaussian"),
 }
 # What else changes the code: compiled for float32 and bfloat16 on sm_90.
 MORE = {
@@ -84,6 +87,12 @@ MORE = {
         (1 << 17, 64), 0, 1, mask=True, sequences=(16, 1 << 14), options={"padding_stats": "exclude"}
     ),
     "mixture in ragged split columns": Case((1 << 17, 64), 0, 1, density="mixture", sequences=(16, 1 << 14)),
+    "gate in columns": Case((4, 512, 512), 1, 8, density="gate"),
+    "gaussian in rows": Case((64, 2048), 1, 8, density="gaussian"),
+    "gate, split and masked": Case(
+        (1, 1 << 18), 1, 2, mask=True, density="gate", options={"padding_stats": "exclude", "multiply": False}
+    ),
+    "gaussian in split columns": Case((2, 16384, 64), 1, 1, density="gaussian"),
 }
 CASES = {**CORE, **MORE}
 CORE_JOBS = [(name, "bf16", target) for name in CORE for target in TARGETS]
@@ -91,7 +100,7 @@ CORE_JOBS += [(name, "fp32", target) for name in CORE for target in TARGETS]
 CORE_JOBS += [(name, dtype, "sm_90") for name in CORE for dtype in ("fp64", "fp16")]
 JOBS = CORE_JOBS + [(name, dtype, "sm_90") for name in MORE for dtype in ("fp32", "bf16")]
 
-READERS = {"split_statistics", "split_normaliser", "split_sums", "mixture_split_sums"}
+READERS = {"split_statistics", "split_normaliser", "split_sums", "mixture_split_sums", "mixture_split_slopes"}
 WRITERS = {
     *("forward_resident", "split_output", "backward_resident", "split_gradient"),
     *("mixture_backward_resident", "mixture_split_gradient"),
@@ -171,7 +180,8 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
     host._launch.cache_clear()
     case = CASES[name]
     x = torch.empty(case.shape, dtype=DTYPES[dtype])
-    parameters = torch.ones(case.heads, case.gaussians), torch.ones(case.heads, case.gaussians)
+    per_head = math.prod(case.shape[case.axis + 1 :]) if case.density == "gaussian" else case.gaussians
+    parameters = torch.ones(case.heads, per_head), torch.ones(case.heads, per_head)
     mask = torch.ones(case.shape, dtype=torch.bool) if case.mask else None
     defaults = dict(padding_value=None, padding_stats="zero", normalize="clamp", eps=1e-8, residual=False)
     chosen = options.DensityOptions(case.axis, **{**defaults, **case.options}, density=case.density)
@@ -180,10 +190,10 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
         count, max_seqlen = case.sequences
         cu_seqlens, num_slices = torch.empty(count + 1, dtype=torch.int32), num_slices * count
         chosen = chosen._replace(max_seqlen=max_seqlen)
-    log_shares = torch.zeros_like(parameters[0]) if case.density == "mixture" else None
+    log_shares = torch.zeros_like(parameters[0]) if case.density in ("mixture", "gate") else None
     chunk = case.shape[case.axis] // case.heads
     stats = None
-    if chunk >= 64 and log_shares is None:
+    if chunk >= 64 and case.density == "product":
         arithmetic = torch.float64 if dtype == "fp64" else torch.float32
         stats = torch.empty((3, num_slices), dtype=arithmetic)
     with RecordingDriver(TARGETS[target]) as driver:

@@ -39,11 +39,15 @@ def compiled(tmp_path_factory):
 def test_kernels_compile_without_faults(compiled, name, dtype, target):
     kernels = compiled[name, dtype, target]
     launched = [kernel["name"] for kernel in kernels]
-    mixture = "mixture_" if aot.CASES[name].density == "mixture" else ""
-    again = ["split_statistics", "split_normaliser"] if mixture else []
-    forward = ["forward_resident"], ["split_statistics", "split_normaliser", "split_output"]
-    backward = [mixture + "backward_resident"], [*again, mixture + "split_sums", mixture + "split_gradient"]
-    ways = [f + b + [mixture + "parameter_gradients"] for f, b in itertools.product(forward, backward)]
+    density = aot.CASES[name].density
+    mixture = "" if density == "product" else "mixture_"
+    normalised = density in ("product", "mixture")
+    statistics = ["split_statistics", "split_normaliser"] if normalised else ["split_statistics"]
+    sums = [*(statistics if mixture else []), mixture + ("split_sums" if normalised else "split_slopes")]
+    last = ("feature_" if density == "gaussian" else mixture) + "parameter_gradients"
+    forward = ["forward_resident"], [*statistics, "split_output"]
+    backward = [mixture + "backward_resident"], [*sums, mixture + "split_gradient"]
+    ways = [f + b + [last] for f, b in itertools.product(forward, backward)]
     must_be_split = "split" in name or name == "thin columns"  # others may be split in the backward pass alone
     assert launched in (ways[-1:] if must_be_split else ways[:2])
     for kernel in kernels:

@@ -11,7 +11,7 @@ from daam_kernels.kernels import launch
 from daam_kernels.kernels.launch import density_launch, density_tile
 from daam_kernels.slices import packed_view, slice_view
 
-FLAGS = {"PADDED": False, "MIXTURE": False}
+FLAGS = {"PADDED": False, "MIXTURE": False, "PER_FEATURE": False}
 
 
 def view_of(outer, length, inner):
