@@ -72,3 +72,14 @@ def test_many_rows_and_features(density):
     shape = (20, 2, 70)
     x, grad, parameters = inputs(density, shape, 1, 1, torch.float64)
     check(x, grad, parameters, norm_axis=1, density=density)
+
+
+def test_packed_sequences_are_those_alone(density):
+    x, grad, parameters = inputs(density, (23, 3), 0, 2, torch.float64)
+    ends = [0, 2, 9, 23]
+    options = dict(norm_axis=0, density=density)
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+    got = evaluate("triton", x, *parameters, grad, cu_seqlens=cu_seqlens, **options)
+    alone = [truth(x[i:j], *parameters, grad[i:j], **options) for i, j in zip(ends, ends[1:])]
+    y, dx, *gradients = zip(*alone)
+    assert_contract(got, (torch.cat(y), torch.cat(dx), *map(sum, gradients)), x.dtype)
