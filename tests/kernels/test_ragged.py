@@ -58,7 +58,7 @@ def test_resident_slices_take_one_launch_forward_and_two_backward(launched, dens
 
 
 def options_of(density, max_seqlen=None):
-    return daam_kernels.options.DensityOptions(0, None, "zero", "clamp", 1e-8, False, density, max_seqlen)
+    return daam_kernels.options.DensityOptions(0, None, "zero", "clamp", 1e-8, False, density, max_seqlen=max_seqlen)
 
 
 @pytest.mark.parametrize("small", [False, True], ids=["resident", "split"])
