@@ -160,7 +160,8 @@ def density_tile(view: SliceView, num_heads: int, itemsize: int, backward: bool,
         block_s = max(narrow, min(wide, largest // block_r), min(available, usual // block_r))
     else:
         block_s = max(1, min(available, usual // block_r))
-    most_warps = _WARPS_COLUMNS if columns or split else _WARPS_ROWS
+    registers = columns or split or (backward and itemsize == 8)  # more of them for a thread, by fewer warps
+    most_warps = _WARPS_COLUMNS if registers else _WARPS_ROWS
     num_warps = min(most_warps, max(1, block_r * block_s * scale // (32 * _THREAD_ELEMENTS)))
 
     num_blocks = -(-slices // block_s) * (view.outer if apart else 1)

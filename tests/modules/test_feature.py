@@ -8,10 +8,10 @@ import pickle
 
 import pytest
 import torch
-from support import assert_close
+from support import assert_close, device_of
 from torch import Tensor, nn
 
-from daam_kernels import FusedMultiHeadDAAM
+from daam_kernels import FusedMultiHeadDAAM, available_backends
 from daam_kernels.explain import collect, plot_density
 from daam_kernels.modules.feature import FusedMultiHeadFeatureDAAM
 from daam_kernels.modules.paper import DensityAdaptiveTransformer, GroupedQueryDAAM
@@ -339,3 +339,18 @@ def test_checkpoints_that_cannot_be_right_are_errors_in_words(strict):
     with pytest.raises(RuntimeError, match=r"gcts.0.c must have shape \[1, feature_size=3\], got \[1, 5\]"):
         ours.load_state_dict(Paper(5, 4, "gcts").state_dict(), strict=strict)
     assert (ours.c == 2).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 4), (2, 7, 5, 4)])
+def test_in_tritons_kernels(shape):
+    if not available_backends()["triton"]:
+        pytest.skip("triton is not installed")
+    device = device_of("triton")
+    module, x = make(padding_value=0.0).to(device), torch.randn(shape, device=device)
+    x[:, 2] = 0
+    fused = FusedMultiHeadFeatureDAAM(7, 4, 2, padding_value=0.0, backend="triton", device=device)
+    fused.load_state_dict(module.state_dict())
+    ys = [m(x) for m in (fused, module)]
+    assert_close(*ys, 2e-6)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), m.parameters()) for m, y in zip((fused, module), ys))):
+        assert_close(a, b, 1e-4)

@@ -9,9 +9,10 @@ import pickle
 
 import pytest
 import torch
-from support import assert_close, assert_same_bits
+from support import assert_close, assert_same_bits, device_of
 from torch import Tensor, nn
 
+from daam_kernels import available_backends
 from daam_kernels.modules.gate import FusedDensityGate
 from daam_kernels.reference import density_gate
 
@@ -246,3 +247,22 @@ def test_compiles_without_graph_breaks(padding_stats):
     assert all(torch.equal(*pair) for pair in zip(*ys))
     grads = [torch.autograd.grad(y.square().sum(), (x, *module.parameters())) for (y, _), x in zip(ys, xs)]
     assert all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in zip(*grads))
+
+
+@pytest.mark.parametrize("padding_stats", ["zero", "exclude"])
+def test_in_tritons_kernels(padding_stats):
+    if not available_backends()["triton"]:
+        pytest.skip("triton is not installed")
+    device = device_of("triton")
+    module, x = make(padding_stats=padding_stats).to(device), torch.randn(3, 6, 20, device=device)
+    mask = lengths_mask([20, 9, 2], 20).to(device)
+    fused = FusedDensityGate(6, padding_stats=padding_stats, backend="triton", device=device)
+    fused.load_state_dict(module.state_dict())
+    assert fused.backend == "triton" and "backend='triton'" in repr(fused)
+    expected, got = (m(x, mask=mask) for m in (module, fused))
+    for a, b in zip(got, expected, strict=True):
+        assert_close(a, b, 2e-6)
+    grads = [torch.autograd.grad(y.square().sum() + gate.sum(), m.parameters()) for m, (y, gate) in
+             ((module, expected), (fused, got))]  # fmt: skip
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
