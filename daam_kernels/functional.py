@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .backends import BACKENDS
+from .ops import density_block as block
 from .ops import eager
 from .ops.density_attention import apply
 from .options import DensityOptions
@@ -114,16 +115,10 @@ def density_attention(
         x, cu_seqlens, norm_axis = x.values(), x.offsets(), 0
         if isinstance(mask, Tensor) and mask.is_nested:
             mask = _check_nested_mask(mask, x_nested).values()
-    options = DensityOptions(
-        _check_axis(norm_axis, x),
-        _check_padding_value(padding_value),
-        _check_choice("padding_stats", padding_stats, ("zero", "exclude")),
-        _check_choice("normalize", normalize, ("clamp", "softmax")),
-        _check_eps(_DEFAULT_EPS.get(density, 1e-8) if eps is None else eps, x),
-        bool(residual),
-        _check_choice("density", density, _DENSITIES),
+    options = _check_options(
+        x, norm_axis, padding_value, padding_stats, normalize, eps, residual, density,
         max_seqlen=_check_max_seqlen(max_seqlen, cu_seqlens),
-    )
+    )  # fmt: skip
     if normalize != "clamp" and not options.normalised:
         raise ValueError(f"normalize must not be given for density={density!r}, whose weights are as they are")
     if (weights is None) != (density != "mixture"):
@@ -153,16 +148,8 @@ def density_weights(
     For modules that weigh another tensor than x with them. Arguments and errors are those of
     :func:`density_attention`; at padding the weights are what the formula gives, or 0 where it is excluded.
     """
-    options = DensityOptions(
-        _check_axis(norm_axis, x),
-        None,
-        _check_choice("padding_stats", padding_stats, ("zero", "exclude")),
-        "clamp",
-        _check_eps(_DEFAULT_EPS.get(density, 1e-8) if eps is None else eps, x),
-        False,
-        _check_choice("density", density, ("gate", "gaussian")),
-        multiply=False,
-    )
+    _check_choice("density", density, ("gate", "gaussian"))
+    options = _check_options(x, norm_axis, None, padding_stats, "clamp", eps, False, density, multiply=False)
     return _attend(x, mean_offsets, c, None, False, mask, None, options, False, backend, None)
 
 
@@ -201,6 +188,89 @@ def _rows_of_features(x: Tensor) -> Tensor:
 def _map(function: Callable[[Tensor], Tensor], results: Tensor | tuple[Tensor, Tensor]):
     """The function of y, or of y and the weights."""
     return tuple(map(function, results)) if isinstance(results, tuple) else function(results)
+
+
+def density_block(
+    x: Tensor,
+    mean_offsets: Sequence[Tensor],
+    c: Sequence[Tensor],
+    *,
+    norm_axis: int = -1,
+    padding_value: float | None = None,
+    mask: Tensor | None = None,
+    padding_stats: str = "zero",
+    normalize: str = "clamp",
+    eps: float = 1e-8,
+    backend: str = "auto",
+) -> Tensor:
+    """Residual layers of density attention, each of which adds its own input's, with one axis and number of heads.
+
+    On Triton all layers run in one sweep where a slice fits on chip, else as many as possible; other backends go layer
+    by layer. Between layers x is rounded to its type either way.
+    Source: Ioannides et al., arXiv 2401.11143, Algorithm 4.
+
+    Args:
+        x: as in :func:`density_attention`.
+        mean_offsets, c: one tensor [num_heads, num_gaussians] for each layer; num_gaussians may differ.
+        padding_value: elements of a layer's input equal to it are padding, so a value other than 0, which the first
+            layer doubles, is lost after it.
+        mask: the same for every layer.
+        norm_axis, padding_stats, normalize, eps, backend: as in :func:`density_attention`, of every layer.
+
+    Returns:
+        the last layer's output, of x's shape, type and memory layout; x itself where there are no layers.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what it got and what it takes.
+        RuntimeError: the backend was asked for by name and cannot serve x.
+    """
+    if isinstance(x, Tensor) and x.is_nested:
+        raise TypeError("x must be one dense tensor, got a nested one: call density_attention layer by layer")
+    options = _check_options(x, norm_axis, padding_value, padding_stats, normalize, eps, True, "product")
+    for name, layers in (("mean_offsets", mean_offsets), ("c", c)):
+        if not isinstance(layers, (list, tuple)):
+            raise TypeError(f"{name} must be a list of tensors, one for each layer, got {type(layers).__name__}")
+    if len(mean_offsets) != len(c):
+        raise ValueError(f"mean_offsets and c must have one length, got {len(mean_offsets)} and {len(c)} layers")
+    for layer in range(len(c)):
+        _check_gaussians(x, **{f"mean_offsets[{layer}]": mean_offsets[layer], f"c[{layer}]": c[layer]})
+        if len(c[layer]) != len(c[0]):
+            raise ValueError(
+                f"c must have the {len(c[0])} heads of c[0] in every layer, got {len(c[layer])} in c[{layer}]"
+            )
+        _check_heads(x.shape[options.norm_axis], len(c[0]), options.norm_axis)
+    if mask is not None:
+        _check_mask(mask, x)
+    _check_choice("backend", backend, ("auto", *BACKENDS))
+    return block.apply(x, mean_offsets, c, mask, options, backend)
+
+
+def sweeps_blocks(x: Tensor, backend: str) -> bool:
+    """Whether :func:`density_block` can take several layers of tensors like x in a sweep."""
+    return isinstance(x, Tensor) and not x.is_nested and block.serves(x, backend)
+
+
+def _check_options(
+    x: Tensor,
+    norm_axis: int,
+    padding_value: float | None,
+    padding_stats: str,
+    normalize: str,
+    eps: float | None,
+    residual: bool,
+    density: str,
+    **others,
+) -> DensityOptions:
+    return DensityOptions(
+        _check_axis(norm_axis, x),
+        _check_padding_value(padding_value),
+        _check_choice("padding_stats", padding_stats, ("zero", "exclude")),
+        _check_choice("normalize", normalize, ("clamp", "softmax")),
+        _check_eps(_DEFAULT_EPS.get(density, 1e-8) if eps is None else eps, x),
+        bool(residual),
+        _check_choice("density", density, _DENSITIES),
+        **others,
+    )
 
 
 def _log_shares(weights: Tensor, softmax: bool) -> Tensor:

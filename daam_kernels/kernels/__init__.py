@@ -1,1 +1,1 @@
-"""Triton kernels. Nothing here is imported before the first call that needs it."""
+"""Triton kernels. Nothing here but launch configurations is imported before the first call that needs it."""

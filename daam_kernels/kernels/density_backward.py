@@ -28,6 +28,7 @@ from .density_math import (
     find_valid,
     finish_weights,
     first_valid,
+    from_statistics,
     input_gradient,
     load_gaussians,
     load_statistics,
@@ -37,6 +38,7 @@ from .density_math import (
     pick_first,
     product_at_peak,
     product_quadratic,
+    product_weights,
     program_slices,
     reciprocal_sqrt,
     relative_gradient,
@@ -81,6 +83,36 @@ def through_variance(t0, u2, rstd, count, a, spread):
 
 
 @triton.jit
+def resident_gradient(
+    x, g, weights, gap, peak, x0, var, rstd, count, clamped, valid, domain, a, center, spread,
+    CLAMP: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """(dx, T0, U1, U2) of slices that the tile holds whole; x0 is x at the peak, from which gap is."""
+    g_valid = g
+    if PADDED:
+        g_valid = tl.where(valid, g, 0.0)
+    # g0 is the weighted mean of g, so what q holds of x0 is what g varies by.
+    q = relative_gradient(g_valid, gap, x0, var * rstd, tl.sum(weights * g_valid, axis=0))
+    q_mean = tl.sum(weights * q, axis=0)
+    p = slice_gradient(q, q_mean, g_valid, x, weights, domain, count, clamped, CLAMP, PADDED, EXCLUDE)
+    u1_gap = tl.sum(p * gap, axis=0)
+    u2_gap = tl.sum(p * gap * gap, axis=0)
+    t0 = tl.zeros_like(u1_gap)
+    if CLAMP:
+        t0 = tl.where(clamped, tl.sum(p, axis=0), 0.0)
+    u1, u2 = from_mean(t0, u1_gap, u2_gap, peak)
+    members = tl.maximum(count, 2.0)
+    mean_pz = u1 / members
+    pz = p * (gap + peak[None, :]) - mean_pz[None, :]
+    if CLAMP:  # the mean that rounding left
+        pz -= (tl.sum(tl.where(domain, pz, 0.0), axis=0) / members)[None, :]
+    through_var = through_variance(t0, u2, rstd, count, a, spread)
+    standard = gap + (peak + center * rstd)[None, :]
+    dx = input_gradient(g, weights, standard, through_var, pz, mean_pz, a * rstd, valid, PADDED, RESIDUAL)
+    return dx, t0, u1, u2
+
+
+@triton.jit
 def save_partials(partials_ptr, head, block, num_partials, t0, u1, u2, rstd, inside):
     """The four sums that the parameter gradients need, over the slices of a block, at [head, 4, block]."""
     at = partials_ptr + head.to(tl.int64) * 4 * num_partials + block
@@ -114,19 +146,15 @@ def backward_resident(
     x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
     g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
     valid = within
-    g_valid = g
     if PADDED:
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
         valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
-        g_valid = tl.where(valid, g, 0.0)
     domain = valid if EXCLUDE else within
     if stats_ptr is not None:
         number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
         x0, mean, var = load_statistics(stats_ptr, number, num_slices, inside)
         count = count_elements(domain, x0, n, EXCLUDE)
-        rstd = reciprocal_sqrt(var)
-        peak = -(mean + center) * rstd
-        gap = (x - x0[None, :]) * rstd[None, :]
+        rstd, peak, gap = from_statistics(x, x0, mean, var, center)
     else:
         if PADDED:
             first = first_valid(x_ptr, x_base, valid, r, x_stride_r, BLOCK_R, COLUMNS, VEC).to(ACC)
@@ -141,29 +169,11 @@ def backward_resident(
         x0 = first + (mean + center + peak * (var * rstd))
     if EXCLUDE:
         gap = tl.where(valid, gap, 0.0)
-    densities = density(gap, peak, domain, a)
-    log_peak = product_at_peak(peak, rstd, a, spread, level)
-    scale, clamped = normaliser(log_peak, tl.sum(densities, axis=0), CLAMP)
-    weights = finish_weights(densities, scale, valid, count, EXCLUDE)
-
-    # g0 is the weighted mean of g, so what q holds of x0 is what g varies by.
-    q = relative_gradient(g_valid, gap, x0, var * rstd, tl.sum(weights * g_valid, axis=0))
-    q_mean = tl.sum(weights * q, axis=0)
-    p = slice_gradient(q, q_mean, g_valid, x, weights, domain, count, clamped, CLAMP, PADDED, EXCLUDE)
-    u1_gap = tl.sum(p * gap, axis=0)
-    u2_gap = tl.sum(p * gap * gap, axis=0)
-    t0 = tl.zeros_like(u1_gap)
-    if CLAMP:
-        t0 = tl.where(clamped, tl.sum(p, axis=0), 0.0)
-    u1, u2 = from_mean(t0, u1_gap, u2_gap, peak)
-    members = tl.maximum(count, 2.0)
-    mean_pz = u1 / members
-    pz = p * (gap + peak[None, :]) - mean_pz[None, :]
-    if CLAMP:  # the mean that rounding left
-        pz -= (tl.sum(tl.where(domain, pz, 0.0), axis=0) / members)[None, :]
-    through_var = through_variance(t0, u2, rstd, count, a, spread)
-    standard = gap + (peak + center * rstd)[None, :]
-    dx = input_gradient(g, weights, standard, through_var, pz, mean_pz, a * rstd, valid, PADDED, RESIDUAL)
+    weights, clamped = product_weights(gap, peak, rstd, valid, domain, count, a, spread, level, CLAMP, EXCLUDE)
+    dx, t0, u1, u2 = resident_gradient(
+        x, g, weights, gap, peak, x0, var, rstd, count, clamped, valid, domain, a, center, spread,
+        CLAMP, PADDED, EXCLUDE, RESIDUAL,
+    )  # fmt: skip
     at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)
     save_partials(partials_ptr, head, block, num_partials, t0, u1, u2, rstd, inside)
@@ -362,14 +372,12 @@ def split_gradient(
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def parameter_gradients(
-    partials_ptr, mean_offsets_ptr, c_ptr, d_mean_offsets_ptr, d_c_ptr,
+@triton.jit
+def head_gradients(
+    at, mean_offsets_ptr, c_ptr, d_mean_offsets_ptr, d_c_ptr, head,
     num_gaussians, num_partials, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partial sums [heads, 4, partials] of one head, in float64 and a fixed order; the chain rule to K."""
-    head = tl.program_id(0)
-    at = partials_ptr + head.to(tl.int64) * 4 * num_partials
+    """Adds the partial sums [4, partials] of one head, in float64 and a fixed order; the chain rule to K."""
     lane = tl.arange(0, BLOCK_P)
     t0 = tl.zeros([BLOCK_P], tl.float64)
     t0_var = tl.zeros([BLOCK_P], tl.float64)
@@ -394,6 +402,19 @@ def parameter_gradients(
     k = head.to(tl.int64) * num_gaussians + tl.arange(0, BLOCK_K)
     store_rounded(d_mean_offsets_ptr + k, d_offset, real)
     store_rounded(d_c_ptr + k, d_width, real)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def parameter_gradients(
+    partials_ptr, mean_offsets_ptr, c_ptr, d_mean_offsets_ptr, d_c_ptr,
+    num_gaussians, num_partials, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The gradients of one head's parameters from partial sums [heads, 4, partials]."""
+    head = tl.program_id(0)
+    at = partials_ptr + head.to(tl.int64) * 4 * num_partials
+    head_gradients(
+        at, mean_offsets_ptr, c_ptr, d_mean_offsets_ptr, d_c_ptr, head, num_gaussians, num_partials, BLOCK_K, BLOCK_P
+    )
 
 
 def density_backward(

@@ -456,6 +456,17 @@ def finish_weights(densities, scale, valid, count, EXCLUDE: tl.constexpr):
 
 
 @triton.jit
+def product_weights(
+    gap, peak, rstd, valid, domain, count, a, spread, level, CLAMP: tl.constexpr, EXCLUDE: tl.constexpr
+):  # fmt: skip
+    """(weights of slices that the tile holds whole, whether each slice's sum is below eps), for gap = z - peak."""
+    densities = density(gap, peak, domain, a)
+    log_peak = product_at_peak(peak, rstd, a, spread, level)
+    scale, clamped = normaliser(log_peak, tl.sum(densities, axis=0), CLAMP)
+    return finish_weights(densities, scale, valid, count, EXCLUDE), clamped
+
+
+@triton.jit
 def weighted_output(x, weights, valid, PADDED: tl.constexpr, RESIDUAL: tl.constexpr):
     """x * weights where valid, x where padded, plus x with RESIDUAL."""
     y = x * weights
@@ -482,6 +493,13 @@ def load_statistics(stats_ptr, number, num_slices, inside):
     x0 = tl.load(at, mask=inside, other=0.0)
     mean = tl.load(at + num_slices, mask=inside, other=0.0)
     return x0, mean, tl.load(at + 2 * num_slices, mask=inside, other=1.0)
+
+
+@triton.jit
+def from_statistics(x, x0, mean, var, center):
+    """(1 / sqrt(variance), peak, z - peak) where x0 is x at the peak, and mean is from it."""
+    rstd = reciprocal_sqrt(var)
+    return rstd, -(mean + center) * rstd, (x - x0[None, :]) * rstd[None, :]
 
 
 @triton.jit

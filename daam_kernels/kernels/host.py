@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -26,7 +27,7 @@ def arithmetic_type(x: Tensor) -> torch.dtype:
 
 def prepare(
     x: Tensor,
-    mean_offsets: Tensor,
+    mean_offsets: Tensor | Sequence[Tensor],
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     options: DensityOptions,
@@ -36,6 +37,7 @@ def prepare(
 ) -> tuple[Launch, tuple[Tensor, ...], Tensor | None]:
     """The launch for ``out``, dense and of x's shape, and the tensors x, *others and mask to launch it with.
 
+    ``mean_offsets`` are those of the layer, or of every layer of a block.
     ``names`` are what the kernels call out, x and the others. A tensor is copied only where it has no
     [outer, R, inner] strides.
     """
@@ -48,7 +50,13 @@ def prepare(
         if options.max_seqlen is None:
             options = options._replace(max_seqlen=packing(cu_seqlens).longest)
     layouts = tuple(t.stride() for t in (out, *tensors))
-    launch = _launch(x.shape, num_sequences, x.dtype, layouts, names, mask is not None, mean_offsets.shape, options)
+    if isinstance(mean_offsets, Tensor):
+        num_heads, num_gaussians = mean_offsets.shape
+    else:
+        num_heads, num_gaussians = mean_offsets[0].shape[0], tuple(m.shape[1] for m in mean_offsets)
+    launch = _launch(
+        x.shape, num_sequences, x.dtype, layouts, names, mask is not None, num_heads, num_gaussians, options
+    )
     if mask is None:
         return launch, tensors, None
     return launch, tensors[:-1], tensors[-1].view(torch.uint8)
@@ -86,7 +94,8 @@ def _launch(
     layouts: tuple[tuple[int, ...], ...],
     names: tuple[str, ...],
     has_mask: bool,
-    parameters: torch.Size,
+    num_heads: int,
+    num_gaussians: int | tuple[int, ...],
     options: DensityOptions,
 ) -> Launch:
     if num_sequences is None:
@@ -109,5 +118,4 @@ def _launch(
         "EPS": options.eps,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
     }
-    num_heads, num_gaussians = parameters
     return density_launch(view, names, num_heads, 1 if flags["PER_FEATURE"] else num_gaussians, dtype.itemsize, flags)

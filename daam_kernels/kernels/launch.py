@@ -41,6 +41,8 @@ _THREAD_ELEMENTS = 8
 _WIDE_ROW, _NARROW_ROW = 256, 64  # bytes of neighbouring slices in a row of a tile, at best and at least
 _PROGRAMS = 528  # that long slices are split for: four for each of an H200's 132 processors
 _FEATURES, _ROWS = 64, 16  # whose partial sums a program adds, and how many at a time
+MOST_LAYERS = 6  # that one sweep takes: each makes the kernels longer, and they take longer to compile
+_FEW_LAYERS = 3  # and in columns of float64 or with padding, where six spill
 _REDUCTION = 4096  # partial sums of the parameter gradients that are added at a time
 
 
@@ -86,16 +88,23 @@ class Launch:
 
 
 def density_launch(
-    view: SliceView, names: tuple[str, ...], num_heads: int, num_gaussians: int, itemsize: int, flags: dict[str, Any]
+    view: SliceView,
+    names: tuple[str, ...],
+    num_heads: int,
+    num_gaussians: int | tuple[int, ...],
+    itemsize: int,
+    flags: dict[str, Any],
 ) -> Launch:
     """The launch of one direction: backward where ``names`` has a g.
 
+    ``num_gaussians``: for a block, one for each of its layers.
     ``names`` are those of the tensors whose strides ``view`` has, in its order; a mask's strides may follow them.
     ``itemsize`` is x's, in bytes; ``flags`` are passed on to the kernels as they are.
     """
     mask_strides = view.strides[len(names)] if len(view.strides) > len(names) else (0, 0, 0)
     view = replace(view, strides=view.strides[: len(names)])
-    tile = density_tile(view, num_heads, itemsize, "g" in names, flags["PADDED"])
+    layers = num_gaussians if isinstance(num_gaussians, tuple) else (num_gaussians,)
+    tile = density_tile(view, num_heads, itemsize, "g" in names, flags["PADDED"], len(layers))
     chunk, vec = view.length // num_heads, tile.vec
     num_partials = tile.num_blocks
     if flags["MIXTURE"]:  # a tile each
@@ -113,11 +122,12 @@ def density_launch(
         "num_chunks": tile.num_chunks,
         "num_partials": num_partials,
         "tiles": tile.tiles,
+        "LAYERS": len(layers),
         "COLUMNS": tile.columns,
         "VEC": vec,
         "BLOCK_R": tile.block_r,
         "BLOCK_S": tile.block_s,
-        "BLOCK_K": _power_of_two(num_gaussians),
+        "BLOCK_K": _power_of_two(max(layers)),
         "BLOCK_C": _power_of_two(tile.num_chunks or 1),
         "BLOCK_P": min(_REDUCTION, _power_of_two(num_partials)),
         "BLOCK_F": min(_FEATURES, _power_of_two(view.inner)),
@@ -131,8 +141,24 @@ def density_launch(
     return Launch(tile, tile.num_blocks * num_heads, values["num_slices"], values)
 
 
-def density_tile(view: SliceView, num_heads: int, itemsize: int, backward: bool, padded: bool = False) -> Tile:
-    """The tile of one direction; ``padded`` where elements can be padding, which costs registers."""
+def fits_block(
+    length: int, num_heads: int, num_layers: int, itemsize: int, backward: bool, columns: bool, padded: bool
+) -> bool:
+    """Whether a tile can hold whole slices, so that one sweep does for all layers of a block.
+
+    ``columns`` where the norm axis is not the contiguous one, whatever the tile will be. The lengths may be symbols of
+    torch.compile.
+    """
+    largest, narrow, _ = _room(itemsize, backward, columns, padded, num_layers)
+    most_layers = _FEW_LAYERS if columns and (padded or itemsize == 8) else MOST_LAYERS
+    return num_layers <= most_layers and length - (num_heads - 1) * (length // num_heads) <= largest // narrow
+
+
+def density_tile(
+    view: SliceView, num_heads: int, itemsize: int, backward: bool, padded: bool = False, num_layers: int = 1
+) -> Tile:
+    """The tile of one direction; ``padded`` where elements can be padding, and ``num_layers`` of a block whose slices
+    fit, both of which cost registers."""
     chunk = view.length // num_heads
     longest = view.length - (num_heads - 1) * chunk
     if view.packed:  # a sequence one element short of another whole chunk leaves the last head the most
@@ -140,16 +166,19 @@ def density_tile(view: SliceView, num_heads: int, itemsize: int, backward: bool,
     unit_r = all(s[1] == 1 for s in view.strides)
     unit_i = view.inner > 1 and all(s[2] == 1 for s in view.strides)
     columns = unit_i and not unit_r and (view.inner >= 32 or longest * view.inner >= 1024)
+    block_r = _power_of_two(longest)
+    largest, narrow, wide = _room(itemsize, backward, columns, padded, num_layers)
+    if num_layers > 1 and block_r * narrow > largest:  # a block is never split, and fits along rows then
+        columns = False
+        largest, narrow, wide = _room(itemsize, backward, columns, padded, num_layers)
     vec = _vector(view, chunk, columns, unit_r, itemsize)
     apart = columns or view.packed  # the slices of a tile are of one place in outer
     slices = view.inner if apart else view.outer * view.inner
 
     scale = max(itemsize, 4) // 4
-    block_r, available = _power_of_two(longest), _power_of_two(slices)
-    narrow, wide = (min(available, row // itemsize) if columns else 1 for row in (_NARROW_ROW, _WIDE_ROW))
-    largest, usual, merged = (n // scale**2 for n in (_largest(backward, columns), BUDGET.usual, BUDGET.merged))
-    if padded and columns:
-        largest, narrow = largest // 2, max(1, narrow // 2)
+    available = _power_of_two(slices)
+    narrow, wide = min(available, narrow), min(available, wide)
+    usual, merged = BUDGET.usual // scale**2, BUDGET.merged // scale**2
     split = block_r * narrow > largest
     if split:
         block_s = wide
@@ -160,8 +189,9 @@ def density_tile(view: SliceView, num_heads: int, itemsize: int, backward: bool,
         block_s = max(narrow, min(wide, largest // block_r), min(available, usual // block_r))
     else:
         block_s = max(1, min(available, usual // block_r))
-    registers = columns or split or (backward and itemsize == 8)  # more of them for a thread, by fewer warps
-    most_warps = _WARPS_COLUMNS if registers else _WARPS_ROWS
+    # Fewer warps have more registers for a thread.
+    few_warps = columns or split or (backward and (itemsize == 8 or num_layers > 1))
+    most_warps = _WARPS_COLUMNS if few_warps else _WARPS_ROWS
     num_warps = min(most_warps, max(1, block_r * block_s * scale // (32 * _THREAD_ELEMENTS)))
 
     num_blocks = -(-slices // block_s) * (view.outer if apart else 1)
@@ -174,10 +204,23 @@ def density_tile(view: SliceView, num_heads: int, itemsize: int, backward: bool,
     return Tile(columns, block_r, block_s, vec, num_warps, num_blocks, tiles, num_chunks)
 
 
-def _largest(backward: bool, columns: bool) -> int:
+def _room(itemsize: int, backward: bool, columns: bool, padded: bool, num_layers: int) -> tuple[int, int, int]:
+    """(elements in a tile at most, slices in a row of it at least, and at best)."""
     if backward:
-        return BUDGET.backward_columns if columns else BUDGET.backward_rows
-    return BUDGET.forward_columns if columns else BUDGET.forward_rows
+        largest = BUDGET.backward_columns if columns else BUDGET.backward_rows
+    else:
+        largest = BUDGET.forward_columns if columns else BUDGET.forward_rows
+    largest //= (max(itemsize, 4) // 4) ** 2
+    if backward and num_layers > 1:  # the inputs of all layers stay in registers
+        largest //= 2 if num_layers <= 3 else 4
+    if not columns:
+        return largest, 1, 1
+    narrow, wide = _NARROW_ROW // itemsize, _WIDE_ROW // itemsize
+    if padded:
+        largest //= 2
+    if padded or num_layers > 1:
+        narrow //= 2
+    return largest, narrow, wide
 
 
 def _vector(view: SliceView, chunk: int, columns: bool, unit_r: bool, itemsize: int) -> int:

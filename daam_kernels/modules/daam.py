@@ -22,6 +22,8 @@ from ..functional import (
     _check_mask,
     _check_padding_value,
     density_attention,
+    density_block,
+    sweeps_blocks,
 )
 
 _PARAMETERS = ("mean_offsets", "c")
@@ -355,14 +357,28 @@ class FusedDensityBlock(nn.Module):
             mask: boolean, broadcastable to x, True where x is valid; the same for every layer.
             cu_seqlens, max_seqlen: as :class:`FusedMultiHeadDAAM` takes them; the same for every layer.
         """
-        details = {}
         options = {"mask": mask, "residual": True, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
-        for index, layer in enumerate(self.layers):
-            if return_attention_details:
+        if return_attention_details:
+            details = {}
+            for index, layer in enumerate(self.layers):
                 x, details[f"layer_{index}"] = layer(x, True, **options)
+            return x, details
+        layers = list(self.layers)
+        packed = cu_seqlens is not None or max_seqlen is not None
+        shared = [None if packed else _shared_in_a_sweep(x, layer) for layer in layers]
+        first = 0
+        while first < len(layers):
+            end = first + 1
+            while shared[first] is not None and end < len(layers) and shared[end] == shared[first]:
+                end += 1
+            if end - first > 1:
+                sweep = layers[first:end]
+                parameters = [layer.mean_offsets for layer in sweep], [layer.c for layer in sweep]
+                x = density_block(x, *parameters, mask=mask, **shared[first][1])
             else:
-                x = layer(x, **options)
-        return (x, details) if return_attention_details else x
+                x = layers[first](x, **options)
+            first = end
+        return x
 
     def upstream_state_dict(self) -> dict[str, Tensor]:
         """The parameters as the public package's block loads them: copies, detached, [num_gaussians] each."""
@@ -381,6 +397,20 @@ def _add_axis_of_heads(state_dict: dict, prefix: str, names: Sequence[str]) -> b
             state_dict[key] = state_dict[key].unsqueeze(0)
             found = True
     return found
+
+
+def _shared_in_a_sweep(x: Tensor, layer: nn.Module) -> tuple[int, dict] | None:
+    """The heads and options that layers of one sweep have in common; None for a layer that is called by itself.
+
+    That is one with its own way of being called, and any layer where no backend has such a sweep.
+    """
+    if type(layer) is not FusedMultiHeadDAAM or isinstance(layer.eps, tuple) or not sweeps_blocks(x, layer.backend):
+        return None
+    if any(value for name, value in vars(layer).items() if name.endswith("_hooks")):
+        return None
+    axis = _check_axis(layer.norm_axis, x)
+    names = "padding_value", "eps", "padding_stats", "normalize", "backend"
+    return layer.num_heads, {"norm_axis": axis, **{name: getattr(layer, name) for name in names}}
 
 
 def _head_tensors(state_dict: dict, prefix: str, names: Sequence[str]) -> dict[str, dict[int, Tensor]]:

@@ -18,10 +18,10 @@ def small_tiles(monkeypatch):
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels launched so far."""
-    from daam_kernels.kernels import density_backward, density_forward, mixture_backward
+    from daam_kernels.kernels import density_backward, density_block, density_forward, mixture_backward
 
     names = []
-    for module in (density_forward, density_backward, mixture_backward):
+    for module in (density_backward, density_block, density_forward, mixture_backward):
 
         def run(kernel, *args, original=module.run, **kwargs):
             names.append(kernel.fn.__name__)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daam_kernels.kernels import launch
-from daam_kernels.kernels.launch import density_launch, density_tile
+from daam_kernels.kernels.launch import density_launch, density_tile, fits_block
 from daam_kernels.slices import packed_view, slice_view
 
 FLAGS = {"PADDED": False, "MIXTURE": False, "PER_FEATURE": False}
@@ -72,6 +72,43 @@ def test_tiles_cover_packed_sequences_of_every_length(monkeypatch, layout, heads
         assert values["num_slices"] == 5 * heads * features and values["x_stride_o"] == 0
         seen.add(bool(tile.num_chunks))
     assert False in seen and (True in seen or heads > 2)
+
+
+@given(
+    outer=st.integers(1, 1 << 10),
+    heads=st.integers(1, 8),
+    chunk=st.integers(2, 1 << 15),
+    inner=st.integers(1, 1 << 12),
+    unit=st.sampled_from(["r", "i", "none"]),
+    layers=st.integers(2, launch.MOST_LAYERS),
+    itemsize=st.sampled_from([2, 4, 8]),
+    backward=st.booleans(),
+    padded=st.booleans(),
+)
+def test_a_block_that_fits_is_not_split_whatever_the_strides(
+    outer, heads, chunk, inner, unit, layers, itemsize, backward, padded
+):
+    length = heads * chunk
+    strides = {"r": (inner * length, 1, length), "i": (inner * length, inner, 1), "none": (0, 2 * inner, 2)}[unit]
+    x = (inner * length, 1, 1) if unit == "i" else strides  # overlapping windows: rows by the norm axis alone
+    for dense in (strides, x):
+        view = slice_view((outer, length, inner), 1, strides, dense)
+        columns = dense[1] != 1
+        if view is not None and fits_block(length, heads, layers, itemsize, backward, columns, padded):
+            tile = density_tile(view, heads, itemsize, backward, padded, layers)
+            assert tile.num_chunks == 0 and tile.block_r >= chunk
+            assert tile.num_warps <= (8 if tile.columns or backward else 16)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_blocks_whose_slices_fit(backward):
+    for layers, rows in ((3, 4096), (6, 2048)):
+        rows = rows if backward else 16384
+        assert fits_block(rows, 1, layers, 4, backward, False, False)
+        assert not fits_block(rows + 1, 1, layers, 4, backward, False, False)
+    assert fits_block(8 * 64, 8, 6, 2, backward, True, False)
+    assert not fits_block(8 * 2, 8, launch.MOST_LAYERS + 1, 4, backward, False, False)
+    assert not fits_block(8 * 2, 8, 4, 4, backward, True, True)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
