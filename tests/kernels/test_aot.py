@@ -16,8 +16,6 @@ import aot  # noqa: E402
 
 sys.path.remove(str(HERE))
 
-pytestmark = pytest.mark.xdist_group("ahead of time")  # compiled once
-
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):

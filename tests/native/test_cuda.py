@@ -35,8 +35,6 @@ from .cuda_library import OPTIONS, ROOT, Library, compile_emulation, environment
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
 
-pytestmark = pytest.mark.xdist_group("csrc/cuda, emulated")  # compiled once
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHARED_BYTES = 9000  # of a device on which slices of a few thousand elements do not fit
 SANITIZED = os.environ.get("DAAM_TEST_SANITIZED") == "1"
