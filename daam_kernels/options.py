@@ -39,3 +39,9 @@ class DensityOptions(NamedTuple):
             return None
         value = torch.tensor(self.padding_value, dtype=dtype).item()
         return value if value == value else None
+
+    def of_reference(self) -> dict:
+        """What the reference takes of them, by name: ``max_seqlen`` decides nothing there."""
+        named = self._asdict()
+        del named["max_seqlen"]
+        return named

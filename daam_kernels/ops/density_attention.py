@@ -249,9 +249,7 @@ def _reference_backward(grad, x, mean_offsets, c, log_shares, mask, cu_seqlens, 
 
 
 def _reference_options(log_shares, mask, options):
-    named = options._asdict() | {"log_shares": log_shares, "mask": mask}
-    del named["max_seqlen"]  # it decides nothing
-    return named
+    return options.of_reference() | {"log_shares": log_shares, "mask": mask}
 
 
 def _check_packing(x, mean_offsets, cu_seqlens, options):

@@ -39,16 +39,18 @@ def _serve_float64(original, reference_function):
 
 
 def _reference_forward(x, mean_offsets, c, mask, options, y, weights):
+    named = options.of_reference() | {"mask": mask, "return_weights": True}
     with torch.no_grad():
-        found = reference.density_attention(x, mean_offsets, c, mask=mask, return_weights=True, **options._asdict())
+        found = reference.density_attention(x, mean_offsets, c, **named)
     y.copy_(found[0])
     if weights is not None:
         weights.copy_(found[1])
 
 
 def _reference_backward(grad, x, mean_offsets, c, mask, options):
+    named = options.of_reference() | {"mask": mask}
     with torch.no_grad():
-        dx, *gradients = reference.density_attention_backward(grad, x, mean_offsets, c, mask=mask, **options._asdict())
+        dx, *gradients = reference.density_attention_backward(grad, x, mean_offsets, c, **named)
     return torch.empty_like(x).copy_(dx), *gradients
 
 
