@@ -51,8 +51,7 @@ class Case:
     options: dict = field(default_factory=dict)
 
 
-# Every kernel, along rows and in columns: compiled for bfloat16 on every target, for float32 on NVIDIA's, and for
-# float64 on sm_90.
+# Every kernel, along rows and in columns: compiled for float32 and bfloat16 on every target, for the others on sm_90.
 CORE = {
     "rows": Case((64, 2048), 1, 8),
     "columns": Case((4, 2048, 512), 1, 8, gaussians=64),
@@ -104,8 +103,8 @@ BLOCKS = {
 }
 CASES = {**CORE, **MORE, **BLOCKS}
 CORE_JOBS = [(name, "bf16", target) for name in CORE for target in TARGETS]
-CORE_JOBS += [(name, "fp32", target) for name in CORE for target in TARGETS if target.startswith("sm")]
-CORE_JOBS += [(name, "fp64", "sm_90") for name in CORE]
+CORE_JOBS += [(name, "fp32", target) for name in CORE for target in TARGETS]
+CORE_JOBS += [(name, dtype, "sm_90") for name in CORE for dtype in ("fp64", "fp16")]
 JOBS = CORE_JOBS + [(name, dtype, "sm_90") for name in (*MORE, *BLOCKS) for dtype in ("fp32", "bf16")]
 JOBS += [("block in columns", "bf16", target) for target in TARGETS if target != "sm_90"]
 
