@@ -1,10 +1,12 @@
 """Density adaptive attention (DAAM), fused: one GPU pass forward, custom backward, a PyTorch reference beside it."""
 
 from . import reference
+from .additive import additive_attention
 from .backends import available_backends
 from .compat import fuse, fusion_report, unfuse
 from .functional import density_attention
 from .modules import (
+    AdditiveAttention,
     DensityAdaptiveTransformer,
     FusedDAAM,
     FusedDensityBlock,
@@ -19,6 +21,7 @@ from .modules import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdditiveAttention",
     "DensityAdaptiveTransformer",
     "FusedDAAM",
     "FusedDensityBlock",
@@ -28,6 +31,7 @@ __all__ = [
     "FusedMultiHeadGAAM",
     "GroupedQueryAttention",
     "GroupedQueryDAAM",
+    "additive_attention",
     "available_backends",
     "density_attention",
     "fuse",

@@ -1,5 +1,6 @@
 """torch.nn modules, one file per family."""
 
+from .additive import AdditiveAttention
 from .daam import FusedDAAM, FusedDensityBlock, FusedMultiHeadDAAM
 from .feature import FusedMultiHeadFeatureDAAM
 from .gaam import FusedMultiHeadGAAM
@@ -8,6 +9,7 @@ from .grouped_query import GroupedQueryAttention
 from .paper import DensityAdaptiveTransformer, GroupedQueryDAAM
 
 __all__ = [
+    "AdditiveAttention",
     "DensityAdaptiveTransformer",
     "FusedDAAM",
     "FusedDensityBlock",

@@ -1,11 +1,13 @@
 """The operator in plain PyTorch: the truth that every kernel is tested against."""
 
+from .additive_attention import additive_attention
 from .density_attention import density_attention, density_attention_backward
 from .feature import feature_density_attention
 from .gate import density_gate
 from .ragged import ragged_density_attention, ragged_density_attention_backward
 
 __all__ = [
+    "additive_attention",
     "density_attention",
     "density_attention_backward",
     "density_gate",
