@@ -7,6 +7,7 @@ from .compat import fuse, fusion_report, unfuse
 from .functional import density_attention
 from .modules import (
     AdditiveAttention,
+    AttentionPool,
     DensityAdaptiveTransformer,
     FusedDAAM,
     FusedDensityBlock,
@@ -17,11 +18,13 @@ from .modules import (
     GroupedQueryAttention,
     GroupedQueryDAAM,
 )
+from .pooling import attention_pool
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdditiveAttention",
+    "AttentionPool",
     "DensityAdaptiveTransformer",
     "FusedDAAM",
     "FusedDensityBlock",
@@ -32,6 +35,7 @@ __all__ = [
     "GroupedQueryAttention",
     "GroupedQueryDAAM",
     "additive_attention",
+    "attention_pool",
     "available_backends",
     "density_attention",
     "fuse",

@@ -85,6 +85,24 @@ def check_packing(cu_seqlens: Tensor, total: int, num_heads: int, max_seqlen: in
         )
 
 
+def lengths_of(lengths: Tensor) -> tuple[int, ...]:
+    """``lengths`` on the host, read once like ``cu_seqlens``."""
+    return packing(lengths).bounds
+
+
+def check_lengths(lengths: Tensor, longest: int) -> None:
+    """That every length is in [0, ``longest``]; under the capture of a CUDA graph nothing is checked.
+
+    Raises:
+        ValueError: one is not; the message names it.
+    """
+    if _is_captured(lengths):
+        return
+    for number, length in enumerate(lengths_of(lengths)):
+        if not 0 <= length <= longest:
+            raise ValueError(f"lengths must be in [0, {longest}], the rows of x, got {length} for bag {number}")
+
+
 def _packing(cu_seqlens: Tensor) -> Packing:
     bounds = tuple(cu_seqlens.tolist())
     return Packing(bounds, tuple(end - begin for begin, end in zip(bounds, bounds[1:])))

@@ -7,9 +7,11 @@ from .gaam import FusedMultiHeadGAAM
 from .gate import FusedDensityGate
 from .grouped_query import GroupedQueryAttention
 from .paper import DensityAdaptiveTransformer, GroupedQueryDAAM
+from .pooling import AttentionPool
 
 __all__ = [
     "AdditiveAttention",
+    "AttentionPool",
     "DensityAdaptiveTransformer",
     "FusedDAAM",
     "FusedDensityBlock",

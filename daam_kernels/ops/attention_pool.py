@@ -1,0 +1,247 @@
+"""Attention pooling as an operator: ``torch.ops.daam_kernels.attention_pool`` and its backward.
+
+Its results are small beside x, and of the arithmetic's type, so that nothing is rounded between forward and backward.
+Triton's kernels take the softmax and the sums over rows; the hidden layer of additive and gated scores is a matrix
+product of torch's own, block by block, before them: torch's product is as fast as products are, and to read x once
+more costs less than to load the weights anew for every tile of rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import resolve
+from ..reference import attention_pool_blocks as in_blocks
+from ..sequences import check_lengths, check_packing, lengths_of, packing
+from . import eager
+
+_TENSORS = (
+    "Tensor x, Tensor query, Tensor? key_weight, Tensor? key_bias, Tensor? gate_weight, Tensor? gate_bias, "
+    "Tensor? valid, Tensor? lengths, Tensor? cu_seqlens, Tensor? keep"
+)
+_OPTIONS = "float scale, float dropout_p, SymInt? max_seqlen"
+
+_library = torch.library.Library("daam_kernels", "FRAGMENT")
+_library.define(f"attention_pool({_TENSORS}, {_OPTIONS}, bool need_weights, str backend) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    f"attention_pool_backward(Tensor? grad_context, Tensor? grad_weights, {_TENSORS}, Tensor context, Tensor weights, "
+    f"Tensor lse, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+class Pooling(NamedTuple):
+    """The arguments of the operator, checked. x: [bags, rows, embed_dim], or [total, embed_dim] with ``cu_seqlens``.
+
+    The scorer's tensors are as in ``reference.attention_pool.Scorer``. ``valid``: boolean, [bags, rows] or [total];
+    ``lengths``: [bags], of the first rows of x that count; ``keep``: boolean, [bags, hops, rows] or [hops, total].
+    ``max_seqlen`` is of packed bags alone, and may be None for them too: not known on the host.
+    """
+
+    x: Tensor
+    query: Tensor
+    key_weight: Tensor | None
+    key_bias: Tensor | None
+    gate_weight: Tensor | None
+    gate_bias: Tensor | None
+    valid: Tensor | None
+    lengths: Tensor | None
+    cu_seqlens: Tensor | None
+    keep: Tensor | None
+    scale: float
+    dropout_p: float
+    max_seqlen: int | None
+
+    @property
+    def scorer(self) -> reference.Scorer:
+        return reference.Scorer(*self[1:6], self.scale)
+
+    @property
+    def num_bags(self) -> int:
+        return self.x.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def shape_of_scores(self) -> tuple[int, ...]:
+        hops = self.query.shape[0]
+        if self.cu_seqlens is None:
+            return self.x.shape[0], hops, self.x.shape[1]
+        return hops, self.x.shape[0]
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        return torch.promote_types(self.x.dtype, torch.float32)
+
+    def blocks(self):
+        lengths = None if self.lengths is None else lengths_of(self.lengths)
+        bounds = None if self.cu_seqlens is None else packing(self.cu_seqlens).bounds
+        return in_blocks.blocks(self.x, self.valid, lengths, bounds)
+
+    def valid_rows(self) -> Tensor | None:
+        """``valid``, and ``lengths`` as such a mask."""
+        if self.lengths is None:
+            return self.valid
+        within = torch.arange(self.x.shape[1], device=self.x.device) < self.lengths[:, None]
+        return within if self.valid is None else within & self.valid
+
+    def check_bags(self) -> None:
+        if self.cu_seqlens is not None:
+            check_packing(self.cu_seqlens, self.x.shape[0], 1, self.max_seqlen, 0)
+        if self.lengths is not None:
+            check_lengths(self.lengths, self.x.shape[1])
+
+
+def apply(pooling: Pooling, need_weights: bool, backend: str) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(context [bags, hops, embed_dim], weights [bags, hops, rows] or [hops, total], or None, whether a bag has a
+    valid row [bags]), the first two of the arithmetic's type and differentiable. The arguments are checked already.
+    """
+    if eager.is_transformed():
+        resolve(backend, pooling.x, "attention_pool")
+        pooling.check_bags()
+        context, weights = _reference(pooling)
+        found = _found_in_reference(pooling)
+    else:
+        context, weights, lse = torch.ops.daam_kernels.attention_pool.default(*pooling, need_weights, backend)
+        found = lse[:, 0] != -torch.inf
+    return context, weights if need_weights else None, found
+
+
+def _reference(pooling: Pooling) -> tuple[Tensor, Tensor]:
+    options = dict(keep=pooling.keep, dropout_p=pooling.dropout_p)
+    if pooling.cu_seqlens is None:
+        return reference.attention_pool(pooling.x, pooling.scorer, valid=pooling.valid_rows(), **options)
+    return reference.ragged_attention_pool(
+        pooling.x, pooling.cu_seqlens, pooling.scorer, valid=pooling.valid, **options
+    )
+
+
+def _found_in_reference(pooling: Pooling) -> Tensor:
+    valid = pooling.valid_rows()
+    if pooling.cu_seqlens is None:
+        return pooling.x.new_ones(pooling.x.shape[:2], dtype=torch.bool).any(1) if valid is None else valid.any(1)
+    if valid is None:
+        return pooling.cu_seqlens.diff() > 0
+    rows = packing(pooling.cu_seqlens).rows
+    return torch.cat([valid[:0], *(valid[bag].any().view(1) for bag in rows)])
+
+
+def _operator(*arguments):
+    *arguments, need_weights, backend = arguments
+    pooling = Pooling(*arguments)
+    pooling.check_bags()
+    scores = pooling.x.new_empty(pooling.shape_of_scores if need_weights else 0, dtype=pooling.arithmetic)
+    if need_weights:
+        scores.fill_(-torch.inf)
+    into = scores if need_weights else None
+    if resolve(backend, pooling.x, "attention_pool") == "triton":
+        from ..kernels.attention_pool import pool_forward
+
+        context, lse = pool_forward(pooling, into)
+    else:
+        context, lse = in_blocks.forward(
+            pooling.x, pooling.scorer, pooling.blocks(), pooling.num_bags, pooling.keep, pooling.dropout_p, into
+        )
+    if need_weights:
+        lengths = None if pooling.cu_seqlens is None else packing(pooling.cu_seqlens).lengths
+        scores = in_blocks.weights_from_scores(scores, lse, lengths)
+        if pooling.keep is not None:
+            scores.mul_(pooling.keep).div_(1 - pooling.dropout_p)
+    return context, scores, lse
+
+
+def _operator_fake(*arguments):
+    *arguments, need_weights, _ = arguments
+    pooling = Pooling(*arguments)
+    x, hops, options = pooling.x, pooling.query.shape[0], dict(dtype=pooling.arithmetic)
+    context = x.new_empty((pooling.num_bags, hops, x.shape[-1]), **options)
+    weights = x.new_empty(pooling.shape_of_scores if need_weights else 0, **options)
+    return context, weights, x.new_empty((pooling.num_bags, hops), **options)
+
+
+def _operator_backward(grad_context, grad_weights, *arguments):
+    *arguments, context, weights, lse, scale, dropout_p, max_seqlen, backend = arguments
+    pooling = Pooling(*arguments, scale, dropout_p, max_seqlen)
+    grad = torch.zeros_like(context) if grad_context is None else grad_context.contiguous()
+    inner = (grad * context).sum(-1)
+    if grad_weights is not None:
+        grad_weights = grad_weights.contiguous()
+        through_weights = weights * grad_weights
+        if pooling.cu_seqlens is None:
+            inner += through_weights.sum(-1)
+        elif through_weights.numel():
+            lengths = pooling.cu_seqlens.long().diff()
+            inner += torch.segment_reduce(through_weights.T.contiguous(), "sum", lengths=lengths, axis=0)
+    if resolve(backend, pooling.x, "attention_pool") == "triton":
+        from ..kernels.attention_pool import pool_backward
+
+        dx, gradients = pool_backward(pooling, grad, grad_weights, lse, inner)
+    else:
+        dx, gradients = in_blocks.backward(
+            grad, grad_weights, pooling.x, pooling.scorer, pooling.blocks(), pooling.keep, pooling.dropout_p, lse, inner
+        )
+    return dx, *(pooling.x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _operator_backward_fake(grad_context, grad_weights, x, *arguments):
+    gradients = (
+        x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in arguments[:5]
+    )
+    return torch.empty_like(x), *gradients
+
+
+def _setup_context(ctx, inputs, output):
+    *arguments, ctx.need_weights, ctx.backend = inputs
+    pooling = Pooling(*arguments)
+    ctx.options = pooling.scale, pooling.dropout_p, pooling.max_seqlen
+    ctx.save_for_backward(*pooling[:10], *output)
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _operator_gradient(ctx, grad_context, grad_weights, _lse):
+    *tensors, context, weights, lse = ctx.saved_tensors
+    grad_weights = grad_weights if ctx.need_weights else None
+    gradients: tuple = (None,) * 6
+    if grad_context is not None or grad_weights is not None:
+        if torch.is_grad_enabled():
+            gradients = _differentiable_gradients(grad_context, grad_weights, Pooling(*tensors, *ctx.options))
+        else:
+            operator = torch.ops.daam_kernels.attention_pool_backward.default
+            saved = context, weights, lse
+            found = operator(grad_context, grad_weights, *tensors, *saved, *ctx.options, ctx.backend)
+            gradients = tuple(None if t is None else g for t, g in zip(tensors, found))
+    return (*gradients, *(None for _ in range(4 + len(ctx.options) + 2)))
+
+
+def _differentiable_gradients(grad_context, grad_weights, pooling: Pooling) -> tuple[Tensor | None, ...]:
+    """The gradient in ordinary operations; a graph of them has derivatives of any order."""
+    # By way of copies: where one of the tensors was computed from another, its gradient must not go on to that.
+    copies = [None if t is None else t.view_as(t) for t in pooling[:6]]
+    outputs = _reference(Pooling(*copies, *pooling[6:]))
+    given = [(output, grad) for output, grad in zip(outputs, (grad_context, grad_weights)) if grad is not None]
+    asked = [t for t in copies if t is not None and t.requires_grad]
+    outputs, grads = zip(*given)
+    found = iter(torch.autograd.grad(outputs, asked, grads, create_graph=True))
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in copies)
+
+
+def _refuse_second_gradient(ctx, *_):
+    raise RuntimeError(
+        "torch.ops.daam_kernels.attention_pool_backward is not differentiable itself; for gradients of gradients call "
+        "daam_kernels.attention_pool outside of torch.compile, with create_graph=True"
+    )
+
+
+for _name, _implementation, _fake in (
+    ("attention_pool", _operator, _operator_fake),
+    ("attention_pool_backward", _operator_backward, _operator_backward_fake),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"daam_kernels::{_name}", _fake, lib=_library)
+torch.library.register_autograd(
+    "daam_kernels::attention_pool", _operator_gradient, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd("daam_kernels::attention_pool_backward", _refuse_second_gradient, lib=_library)
