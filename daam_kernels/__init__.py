@@ -5,6 +5,7 @@ from .additive import additive_attention
 from .backends import available_backends
 from .compat import fuse, fusion_report, unfuse
 from .functional import density_attention
+from .mechanism import AttentionMechanism
 from .modules import (
     AdditiveAttention,
     AttentionPool,
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdditiveAttention",
+    "AttentionMechanism",
     "AttentionPool",
     "DensityAdaptiveTransformer",
     "FusedDAAM",
