@@ -65,6 +65,12 @@ struct Ahead {
   }
 };
 
+// Sums of x - shift and of its square over what the statistics count.
+template <class T>
+struct Moments {
+  V<T> shift, first, second;
+};
+
 template <class T>
 struct Group {
   int count;  // slices
@@ -73,6 +79,7 @@ struct Group {
   Row<T> row[Vector<T>::N];
   Ahead ahead[Vector<T>::N];
   const Heads<T>* heads;
+  const Moments<T>* moments = nullptr;  // where they were found as the group was packed
 
   DAAM_INLINE Mask<T> lanes() const { return first_lanes<T>(count); }
 };

@@ -103,12 +103,12 @@ class Split {
     Count<T>& count = f.statistics.count;
     count_elements<T, L, P>(g, count);
     count.share = 1 / (count.n > 1 ? count.n : splat<T>(1));  // a run may have fewer than two
-    V<T> shift = guess_means<T, L, P>(g);
     Moments<T> m{};
-    find_moments<T, L, P>(g, g.lanes(), shift, m);
-    shift += m.first * count.share;
-    find_moments<T, L, P>(g, g.lanes(), shift, m);
-    finish_statistics<T>(shift, m, 0, f.statistics);
+    m.shift = guess_means<T, L, P>(g);
+    find_moments<T, L, P>(g, g.lanes(), m);
+    m.shift += m.first * count.share;
+    find_moments<T, L, P>(g, g.lanes(), m);
+    finish_statistics<T>(m, 0, f.statistics);
     const V<T> squares = m.second - m.first * count.share * m.first;
     f.squares = squares < 0 ? V<T>{} : squares;
     if constexpr (BACKWARD) {

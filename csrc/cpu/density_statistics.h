@@ -5,20 +5,14 @@
 
 namespace {
 
-// Sums of x - shift and of its square over what the statistics count.
-template <class T>
-struct Moments {
-  V<T> first, second;
-};
-
-// What lies packed as another type S is unpacked on the way.
+// m.shift is there already. What lies packed as another type S is unpacked on the way.
 template <class T, class L, Padding P, class S = T>
-void find_moments(const Group<T>& g, const Mask<T>& asked, const V<T>& shifts, Moments<T>& found) {
+void find_moments(const Group<T>& g, const Mask<T>& asked, Moments<T>& m) {
   constexpr int N = Vector<T>::N;
   constexpr bool packed = sizeof(S) != sizeof(T);
   each_row<T, L>(g, asked, [&](int r) __attribute__((always_inline)) {
     const Row<T>& row = g.row[r];
-    const V<T> shift = of_row<T, L>(shifts, r);
+    const V<T> shift = of_row<T, L>(m.shift, r);
     const S* const packed_x = static_cast<const S*>(row.packed_x);
     const S* const packed_grad = static_cast<const S*>(row.packed_grad);
     T *const to_x = const_cast<T*>(row.x), *const to_grad = const_cast<T*>(row.grad);
@@ -43,8 +37,8 @@ void find_moments(const Group<T>& g, const Mask<T>& asked, const V<T>& shifts, M
       second[0].total += (second[0].block + second[1].block) + (second[2].block + second[3].block);
       for (int j = 0; j < 4; j++) first[j].block = second[j].block = V<T>{};
     });
-    set_sum<T, L>(found.first, r, first[0].total);
-    set_sum<T, L>(found.second, r, second[0].total);
+    set_sum<T, L>(m.first, r, first[0].total);
+    set_sum<T, L>(m.second, r, second[0].total);
   });
 }
 
@@ -121,11 +115,11 @@ struct Statistics {
 
 // s.count is there already.
 template <class T>
-DAAM_INLINE void finish_statistics(V<T> shift, const Moments<T>& m, double eps, Statistics<T>& s) {
+DAAM_INLINE void finish_statistics(const Moments<T>& m, double eps, Statistics<T>& s) {
   const V<T> offset = m.first * s.count.share, squares = m.second - m.first * offset;
-  s.high = shift + offset;
-  const V<T> taken = s.high - shift;
-  s.low = (shift - (s.high - taken)) + (offset - taken);
+  s.high = m.shift + offset;
+  const V<T> taken = s.high - m.shift;
+  s.low = (m.shift - (s.high - taken)) + (offset - taken);
   s.var = (squares < 0 ? V<T>{} : squares) * s.count.free_share + (T)eps;
   s.rstd = 1 / square_root(s.var);
 }
@@ -133,20 +127,26 @@ DAAM_INLINE void finish_statistics(V<T> shift, const Moments<T>& m, double eps, 
 template <class T, class L, Padding P>
 DAAM_INLINE void find_statistics(const Group<T>& g, double eps, Statistics<T>& s) {
   count_elements<T, L, P>(g, s.count);
-  V<T> shift = guess_means<T, L, P>(g);
   Moments<T> m;
-  m.first = m.second = V<T>{};
-  with_format<T, L, P>(g.in_format, [&](auto s) __attribute__((always_inline)) {
-    find_moments<T, L, P, decltype(s)>(g, g.lanes(), shift, m);
-  });
+  if (!L::kRows && L::kLength == 0 && P == Padding::kNone && g.moments) {
+    m.shift = g.moments->shift;
+    m.first = g.moments->first;
+    m.second = g.moments->second;
+  } else {
+    m.shift = guess_means<T, L, P>(g);
+    m.first = m.second = V<T>{};
+    with_format<T, L, P>(g.in_format, [&](auto s) __attribute__((always_inline)) {
+      find_moments<T, L, P, decltype(s)>(g, g.lanes(), m);
+    });
+  }
   if constexpr (L::kLength == 0 || L::kLength > kGuessed) {
     const Mask<T> far = ~(m.first * s.count.share * m.first <= m.second * (T)0.5) & g.lanes();
     if (any(far)) {  // more than a deviation from the mean: the squares would cancel
-      shift = far ? shift + m.first * s.count.share : shift;
-      find_moments<T, L, P>(g, far, shift, m);
+      m.shift = far ? m.shift + m.first * s.count.share : m.shift;
+      find_moments<T, L, P>(g, far, m);
     }
   }
-  finish_statistics<T>(shift, m, eps, s);
+  finish_statistics<T>(m, eps, s);
 }
 
 }  // namespace

@@ -66,6 +66,46 @@ void pack_tile(const void* base, const daam_strides& s, const Lanes& lanes, cons
     for (int64_t r = 0; r < tile.n; r++) tile.at[l / N * tile.group + r * N + l % N] = 0;
 }
 
+// COUNT neighbouring groups of columns, and the moments of each.
+template <int COUNT, class T, class S>
+DAAM_INLINE void pack_groups(const S* row, int64_t stride, const Tile<T>& tile, Moments<T>* moments) {
+  constexpr int N = Vector<T>::N;
+  V<T> shift[COUNT];
+  for (int j = 0; j < COUNT; j++) {
+    V<T> sum{};
+    for (int64_t r = 0; r < kGuessed; r++) sum += load_as(row + r * stride + j * N);
+    shift[j] = rounded(sum * (T)(1.0 / kGuessed));
+    moments[j].shift = shift[j];
+    moments[j].first = moments[j].second = V<T>{};
+  }
+  for (int64_t begin = 0; begin < tile.n; begin += kBlock) {
+    const int64_t end = begin + kBlock < tile.n ? begin + kBlock : tile.n;
+    V<T> first[COUNT] = {}, second[COUNT] = {};
+    for (int64_t r = begin; r < end; r++, row += stride) {
+#pragma GCC unroll 4
+      for (int j = 0; j < COUNT; j++) {
+        const V<T> x = load_as(row + j * N), s = x - shift[j];
+        store<T>(tile.at + j * tile.group + r * N, x);
+        first[j] += s;
+        second[j] += s * s;
+      }
+    }
+    for (int j = 0; j < COUNT; j++) moments[j].first += first[j], moments[j].second += second[j];
+  }
+}
+
+// The same as pack_tile, of whole groups of columns that are neighbours in memory and of at least kGuessed elements.
+template <class T, class S>
+void pack_with_moments(
+    const void* base, const daam_strides& s, const Lanes& lanes, const Tile<T>& tile, Moments<T>* moments) {
+  constexpr int N = Vector<T>::N;
+  const S* const row = static_cast<const S*>(base) + lanes.offset(0, s);
+  const auto from = [&](int64_t j) { return Tile<T>{tile.at + j * tile.group, tile.n, tile.group}; };
+  int64_t j = 0;
+  for (; j + 4 <= lanes.count / N; j += 4) pack_groups<4, T>(row + j * N, s.row, from(j), moments + j);
+  for (; j < lanes.count / N; j++) pack_groups<1, T>(row + j * N, s.row, from(j), moments + j);
+}
+
 template <class T, class S>
 void unpack_tile(const Tile<T>& tile, void* base, const daam_strides& s, const Lanes& lanes, bool stream) {
   constexpr int N = Vector<T>::N;
@@ -130,6 +170,7 @@ struct Storage {
   size_t size;
   Format format;
   void (*pack_tile)(const void*, const daam_strides&, const Lanes&, const Tile<T>&);
+  void (*pack_with_moments)(const void*, const daam_strides&, const Lanes&, const Tile<T>&, Moments<T>*);
   void (*unpack_tile)(const Tile<T>&, void*, const daam_strides&, const Lanes&, bool);
   void (*pack_row)(const void*, int64_t, int64_t, T*);
   void (*unpack_row)(const T*, int64_t, void*, int64_t, bool);
@@ -137,7 +178,8 @@ struct Storage {
   template <class S>
   static Storage of() {
     constexpr Format format = sizeof(S) == sizeof(T) ? Format::kSame : format_named(S());
-    return {sizeof(S), format, ::pack_tile<T, S>, ::unpack_tile<T, S>, ::pack_row<T, S>, ::unpack_row<T, S>};
+    return {sizeof(S), format, ::pack_tile<T, S>, ::pack_with_moments<T, S>, ::unpack_tile<T, S>, ::pack_row<T, S>,
+            ::unpack_row<T, S>};
   }
 };
 

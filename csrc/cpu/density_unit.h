@@ -174,7 +174,8 @@ class Columns {
 
   static int64_t scratch_bytes(const Job<T>& job, int64_t n) {
     const int64_t group = group_numbers(n);
-    return 5 * Arrays<T>::bytes(divide_up(job.width, N) * group) + 3 * kTogether * Arrays<T>::bytes(group);
+    const int64_t groups = divide_up(job.width, N), moments = groups * (int64_t)(sizeof(Moments<T>) / sizeof(T));
+    return 4 * Arrays<T>::bytes(groups * group) + 3 * kTogether * Arrays<T>::bytes(group) + Arrays<T>::bytes(moments);
   }
 
   // Of slices, or of runs of them if that is shorter.
@@ -199,7 +200,13 @@ class Columns {
       packed[b].heads = &job.heads[head];
     }
     x = {arrays.take(all), n, one};
-    job.storage.pack_tile(at(t.x, p.x), p.x, lanes, x);
+    moments = nullptr;
+    if (P == Padding::kNone && n > kBesideEachOther && run == job.longest && lanes.count % N == 0 && lanes.adjacent(p.x)) {
+      moments = reinterpret_cast<Moments<T>*>(arrays.take(groups() * (int64_t)(sizeof(Moments<T>) / sizeof(T))));
+      job.storage.pack_with_moments(at(t.x, p.x), p.x, lanes, x, moments);
+    } else {
+      job.storage.pack_tile(at(t.x, p.x), p.x, lanes, x);
+    }
     if constexpr (BACKWARD) {
       grad = {arrays.take(all), n, one};
       job.storage.pack_tile(at(t.grad, p.grad), p.grad, lanes, grad);
@@ -230,6 +237,7 @@ class Columns {
     for (int b = 0; b < groups; b++, j++) {
       const int64_t from = j * x.group;
       packed[b].count = (int)least(N, lanes.count - j * N);
+      packed[b].moments = moments ? moments + j : nullptr;
       Row<T>& row = packed[b].row[0];
       row.out = x.at + from;  // an element's result takes its place
       row.x = x.at + from;
@@ -275,6 +283,7 @@ class Columns {
   Lanes lanes;
   Tile<T> x{}, grad{}, weights{};
   typename Vector<T>::integer* valid = nullptr;
+  Moments<T>* moments;
   const char *next_x, *next_grad;
   int count;
   Group<T> packed[kTogether];
