@@ -51,6 +51,24 @@ class Case:
     options: dict = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class AdditiveCase:
+    """One call of additive attention, forward and backward, with weights and their gradient where ``weights`` says so.
+
+    ``mask``: None, or "added" with its gradient, or "boolean".
+    """
+
+    shape: tuple[int, int, int, int]  # batch, heads, queries, keys
+    hidden: int = 64
+    value_dim: int = 64
+    mask: str | None = None
+    weights: bool = False
+    causal: bool = False
+    dropout: float = 0.0
+    fast: bool = False
+    aligned: bool = True
+
+
 # Every kernel, along rows and in columns: compiled for float32 and bfloat16 on every target, for the others on sm_90.
 CORE = {
     "rows": Case((64, 2048), 1, 8),
@@ -101,18 +119,45 @@ BLOCKS = {
     "block in rows": Case((64, 4096), 1, 1, layers=3),
     "block in columns": Case((4, 1024, 512), 1, 8, layers=3),
 }
-CASES = {**CORE, **MORE, **BLOCKS}
+# Additive attention, where registers are fewest and where the code differs.
+ADDITIVE_CORE = {
+    "additive": AdditiveCase((2, 4, 512, 512)),
+    "additive, decoding": AdditiveCase((4, 8, 1, 4096)),
+}
+ADDITIVE_MORE = {
+    "additive, wide": AdditiveCase((2, 1, 10, 128), 1024, 1024),
+    "additive, decoding, wide": AdditiveCase((64, 1, 1, 66), 1024, 1024),
+    "additive, all options": AdditiveCase((2, 4, 96, 96), mask="added", weights=True, causal=True, dropout=0.1),
+    "additive, fast": AdditiveCase((2, 4, 512, 512), fast=True),
+    "additive, odd and masked": AdditiveCase((2, 3, 33, 65), 37, 41, mask="boolean", aligned=False),
+}
+CASES = {**CORE, **MORE, **BLOCKS, **ADDITIVE_CORE, **ADDITIVE_MORE}
 CORE_JOBS = [(name, "bf16", target) for name in CORE for target in TARGETS]
 CORE_JOBS += [(name, "fp32", target) for name in CORE for target in TARGETS]
 CORE_JOBS += [(name, dtype, "sm_90") for name in CORE for dtype in ("fp64", "fp16")]
+CORE_JOBS += [(name, "bf16", target) for name in ADDITIVE_CORE for target in TARGETS]
+CORE_JOBS += [(name, dtype, "sm_90") for name in ADDITIVE_CORE for dtype in ("fp32", "fp64")]
+CORE_JOBS += [("additive", "fp32", "gfx942")]
 JOBS = CORE_JOBS + [(name, dtype, "sm_90") for name in (*MORE, *BLOCKS) for dtype in ("fp32", "bf16")]
 JOBS += [("block in columns", "bf16", target) for target in TARGETS if target != "sm_90"]
+JOBS += [(name, "bf16", "sm_90") for name in ADDITIVE_MORE]
+JOBS += [("additive, all options", "fp32", "sm_90")]
 
-READERS = {"split_statistics", "split_normaliser", "split_sums", "mixture_split_sums", "mixture_split_slopes"}
+# additive_gradients adds two numbers per thread at a time.
+READERS = {
+    "additive_gradients",
+    "additive_output",
+    "split_statistics",
+    "split_normaliser",
+    "split_sums",
+    "mixture_split_sums",
+    "mixture_split_slopes",
+}
 WRITERS = {
     *("forward_resident", "split_output", "backward_resident", "split_gradient"),
     *("mixture_backward_resident", "mixture_split_gradient"),
     *("block_forward_resident", "block_backward_resident"),
+    "additive_output",
 }
 
 
@@ -127,6 +172,10 @@ def faults(name: str, target: str, kernel: dict) -> list[str]:
         return found
     if CASES[name].aligned and kernel["name"] in READERS | WRITERS and not kernel["wide_loads"]:
         found.append("no 16-byte loads")
+    if (
+        name.startswith("additive, decoding") and kernel["name"] == "additive_output"
+    ):  # one row of values for all threads
+        return found
     if CASES[name].aligned and kernel["name"] in WRITERS and not kernel["wide_stores"]:
         found.append("no 16-byte stores")
     return found
@@ -159,7 +208,7 @@ class RecordingDriver:
 
     def launcher_cls(self, src, metadata):
         def launch(gx, gy, gz, stream, function, packed, launch_metadata, enter, leave, *args):
-            self.launches.append(types.SimpleNamespace(name=metadata.name, grid=(gx, gy, gz), src=src))
+            self.launches.append(types.SimpleNamespace(name=metadata.name, hash=metadata.hash, src=src))
 
         return launch
 
@@ -190,6 +239,8 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
     launch.LIMIT_REGISTERS = TARGETS[target][0] == "cuda"
     host._launch.cache_clear()
     case = CASES[name]
+    if isinstance(case, AdditiveCase):
+        return compile_additive(case, DTYPES[dtype], target)
     x = torch.empty(case.shape, dtype=DTYPES[dtype])
     per_head = math.prod(case.shape[case.axis + 1 :]) if case.density == "gaussian" else case.gaussians
     parameters = torch.ones(case.heads, per_head), torch.ones(case.heads, per_head)
@@ -220,13 +271,41 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
     return _statistics_of(driver.launches, jitted, target)
 
 
+def compile_additive(case: AdditiveCase, dtype: torch.dtype, target: str) -> list[dict]:
+    """The same of a case of additive attention."""
+    from triton.runtime.jit import JITFunction
+
+    from daam_kernels import options
+    from daam_kernels.kernels import additive_backward, additive_forward, additive_host
+
+    jitted = [f for m in (additive_forward, additive_backward) for f in vars(m).values() if isinstance(f, JITFunction)]
+    for function in jitted:
+        function.device_caches.clear()
+    additive_host.ON_NVIDIA = TARGETS[target][0] == "cuda"
+    batch, heads, queries, keys = case.shape
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    query, key = (torch.empty((batch, heads, t, case.hidden), dtype=dtype) for t in (queries, keys))
+    value = torch.empty((batch, heads, keys, case.value_dim), dtype=dtype)
+    added = case.mask == "added"
+    mask = torch.zeros(case.shape, dtype=torch.float32 if added else torch.bool) if case.mask else None
+    key_mask = torch.zeros((batch, keys), dtype=torch.bool) if case.mask else None
+    seed = torch.zeros(1, dtype=torch.int64) if case.dropout else None
+    tensors = query, key, value, torch.empty((heads, case.hidden)), mask, key_mask, seed
+    chosen = options.AdditiveOptions(case.causal, case.dropout, 1.0, case.fast, case.weights)
+    with RecordingDriver(TARGETS[target]) as driver:
+        output, lse, weights = additive_forward.additive_forward(*tensors, chosen)
+        grad = torch.empty_like(output, dtype=arithmetic)
+        additive_backward.additive_backward(grad, weights, *tensors, lse, lse, added, chosen)
+    return _statistics_of(driver.launches, jitted, target)
+
+
 def _statistics_of(launches, jitted, target: str) -> list[dict]:
     compiled = {}
     for function in jitted:
         for cache in function.device_caches.values():
             for kernel in cache[0].values():
-                compiled[kernel.metadata.name] = kernel
-    return [dict(name=launch.name, **statistics(compiled[launch.name], target)) for launch in launches]
+                compiled[kernel.metadata.hash] = kernel
+    return [dict(name=launch.name, **statistics(compiled[launch.hash], target)) for launch in launches]
 
 
 def statistics(kernel, target: str) -> dict:
