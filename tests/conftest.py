@@ -70,6 +70,38 @@ def interpreter_rounds_to_nearest():
     interpreter._convert_float = original
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_patches_once():
+    """Triton's interpreter replaces all of triton.language at every call of every function; once a launch is enough.
+
+    That is a third of the time of the interpreted tests, or more.
+    """
+    if HAVE_GPU or find_spec("triton") is None:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, launch, languages, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, {}, set()
+
+    def patch_once(function):
+        names = function.__globals__
+        if id(names) not in languages:
+            languages[id(names)] = any(v is tl for v in names.values()), any(v is tl.core for v in names.values())
+        if languages[id(names)] in patched:
+            return interpreter._LangPatchScope()
+        patched.add(languages[id(names)])
+        return patch(function)
+
+    def launch_anew(executor, *args, **kwargs):
+        patched.clear()
+        return launch(executor, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
+    yield
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, launch
+
+
 @pytest.fixture
 def device():
     return "cuda" if HAVE_GPU else "cpu"
