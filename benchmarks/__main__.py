@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from .alignment import cli as alignment
 from .kernels import cli as kernels
 from .quickstart import cli as quickstart
 
-_FAMILIES = {"kernels": kernels, "quickstart": quickstart}
+_FAMILIES = {"alignment": alignment, "kernels": kernels, "quickstart": quickstart}
 _EXTRAS = {"tqdm", "matplotlib", "gaussian_adaptive_attention"}
 
 

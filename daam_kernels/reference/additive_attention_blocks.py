@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .dropout import dropout_keep
 
-_BLOCK = 1 << 17  # activations at a time: what the cores' own caches hold
+_BLOCK = 1 << 18  # activations at a time: about what caches hold, and enough that sharing them among threads pays
 _MOST_KEYS = 128
 
 

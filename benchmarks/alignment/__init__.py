@@ -1,0 +1,1 @@
+"""A sequence-to-sequence model whose right alignment is known."""
