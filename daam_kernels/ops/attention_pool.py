@@ -127,6 +127,14 @@ def _found_in_reference(pooling: Pooling) -> Tensor:
     return torch.cat([valid[:0], *(valid[bag].any().view(1) for bag in rows)])
 
 
+def _on_triton(pooling: Pooling, backend: str) -> bool:
+    if resolve(backend, pooling.x, "attention_pool") != "triton":
+        return False
+    from ..kernels.attention_pool import serves
+
+    return serves(pooling.x)
+
+
 def _operator(*arguments):
     *arguments, need_weights, backend = arguments
     pooling = Pooling(*arguments)
@@ -135,7 +143,7 @@ def _operator(*arguments):
     if need_weights:
         scores.fill_(-torch.inf)
     into = scores if need_weights else None
-    if resolve(backend, pooling.x, "attention_pool") == "triton":
+    if _on_triton(pooling, backend):
         from ..kernels.attention_pool import pool_forward
 
         context, lse = pool_forward(pooling, into)
@@ -173,7 +181,7 @@ def _operator_backward(grad_context, grad_weights, *arguments):
         elif through_weights.numel():
             lengths = pooling.cu_seqlens.long().diff()
             inner += torch.segment_reduce(through_weights.T.contiguous(), "sum", lengths=lengths, axis=0)
-    if resolve(backend, pooling.x, "attention_pool") == "triton":
+    if _on_triton(pooling, backend):
         from ..kernels.attention_pool import pool_backward
 
         dx, gradients = pool_backward(pooling, grad, grad_weights, lse, inner)

@@ -117,7 +117,7 @@ def forward(
     context = x.new_zeros((num_bags, hops, x.shape[-1]), dtype=dtype)
     for block in parts:
         values = block.values_of(x, dtype)
-        of_rows = _scored(values, scorer)[0]
+        of_rows = scored(values, scorer)[0]
         if scores is not None:
             known = of_rows if not block.padded else of_rows.masked_fill(~block.member.any(1).unsqueeze(1), -torch.inf)
             block.hops_of(scores).copy_(known)
@@ -159,7 +159,7 @@ def backward(
     base = lse.masked_fill(lse == -torch.inf, 0)
     for block in parts:
         values = block.values_of(x, dtype)
-        of_rows, hidden = _scored(values, scorer)
+        of_rows, hidden = scored(values, scorer)
         shares = (_of_bags(of_rows, block) - block.bags_of(base).unsqueeze(-1)).exp_()
         block_grad = block.bags_of(grad)
         d_shares = (block_grad.flatten(1, 2) @ values.mT).unflatten(1, block_grad.shape[1:3])
@@ -223,7 +223,7 @@ def weights_from_scores(scores: Tensor, lse: Tensor, lengths: Sequence[int] | No
     return scores.sub_(of_rows.T).exp_()
 
 
-def _scored(values: Tensor, scorer: Scorer) -> tuple[Tensor, tuple[Tensor, ...]]:
+def scored(values: Tensor, scorer: Scorer) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(scores [groups, hops, rows], what the way back needs of the hidden layer), all of one type."""
     hidden: tuple[Tensor, ...] = ()
     phi = values

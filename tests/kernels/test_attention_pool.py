@@ -1,0 +1,97 @@
+"""The kernels of attention pooling: chunks and blocks of hops, bounds, launches, rows too long for them."""
+
+import pytest
+import torch
+from pooling import POOL_BACKENDS, check, evaluate, problem, truth
+from support import assert_close, assert_margins_intact, assert_same_bits, device_of, nan_padded
+
+import daam_kernels
+
+if "triton" not in POOL_BACKENDS:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from daam_kernels.kernels import attention_pool, attention_pool_launch
+
+DEVICE = device_of("triton")
+LENGTHS = (1, 30, 0, 11)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that bags of a few rows have several chunks, and seven hops several blocks."""
+    monkeypatch.setattr(attention_pool_launch, "_ELEMENTS", 64)
+    monkeypatch.setattr(attention_pool_launch, "_TILES", 1)
+    monkeypatch.setattr(attention_pool_launch, "PROGRAMS", 25)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """(name, grid) of the kernels launched so far."""
+    found = []
+
+    def run(kernel, grid, original=attention_pool.run, **arguments):
+        found.append((kernel.fn.__name__, grid))
+        original(kernel, grid, **arguments)
+
+    monkeypatch.setattr(attention_pool, "run", run)
+    return found
+
+
+@pytest.mark.parametrize("score, kind", [("dot", "packed"), ("gated", "dense")])
+def test_chunks_of_bags_and_blocks_of_hops(small_tiles, launched, score, kind):
+    p = problem(score, kind, torch.float32, DEVICE, lengths=LENGTHS, hops=7)
+    check(p, "triton")
+    names = ["pool_sums", "pool_merge", "pool_gradient"] + ["pool_sums"] * (score == "dot")
+    assert [name for name, _ in launched] == names
+    (programs, blocks), (merged, _), (gradients,) = (grid for _, grid in launched[:3])
+    assert programs == 4 * 4 and blocks == 2 and merged == 4 * 7 and gradients == 4 * 7
+
+
+def test_dropout_and_weights_in_chunks(small_tiles):
+    p = problem("dot", "packed", torch.float64, DEVICE, lengths=LENGTHS)
+    torch.manual_seed(1)
+    got = evaluate(p, "triton", dropout_p=0.3)
+    torch.manual_seed(1)
+    keep = torch.rand(p.grad_weights.T.shape, device=DEVICE) >= 0.3
+    for result, exact in zip(got, truth(p, keep.cpu(), 0.3)):
+        assert_close(result, exact, 1e-12)
+
+
+def test_weights_change_nothing_else(small_tiles):
+    p = problem("dot", "dense", torch.float32, DEVICE, lengths=LENGTHS)
+    alone = daam_kernels.attention_pool(p.x, p.tensors[0], **p.bags, backend="triton")
+    assert_same_bits(evaluate(p, "triton")[0].detach(), alone)
+
+
+@pytest.mark.parametrize("kind", ["packed", "full"])
+def test_no_access_out_of_bounds(small_tiles, monkeypatch, kind):
+    """Every tensor lies in the middle of NaN: what is read of them shows in the results, what is written in them."""
+    p = problem("dot", kind, torch.float32, DEVICE, lengths=(5, 2, 30), embed_dim=5)
+    p = p._replace(x=p.x.nan_to_num(), bags={k: v for k, v in p.bags.items() if k == "cu_seqlens"})
+    expected = truth(p)
+    p = p._replace(**{name: nan_padded(getattr(p, name))[0] for name in ("x", "grad", "grad_weights")})
+    buffers, new_empty = [], torch.Tensor.new_empty
+
+    def padded(t, shape=None, dtype=None, **keywords):
+        shape, dtype = t.shape if shape is None else shape, dtype or t.dtype
+        if not dtype.is_floating_point or shape == 0:
+            return new_empty(t, shape, dtype=dtype, **keywords)
+        view, buffer = nan_padded(torch.full(tuple(shape), torch.nan, dtype=dtype, device=t.device))
+        buffers.append(buffer)
+        return view
+
+    monkeypatch.setattr(torch, "empty_like", padded)
+    monkeypatch.setattr(torch.Tensor, "new_empty", padded)
+    got = evaluate(p, "triton")
+    monkeypatch.undo()
+    assert len(buffers) >= 8
+    for buffer in buffers:
+        assert_margins_intact(buffer)
+    for result, exact in zip(got, expected):
+        assert_close(result, exact, 5e-6)
+
+
+def test_rows_too_long_for_a_program_are_for_plain_pytorch(small_tiles, launched):
+    p = problem("dot", "full", torch.float32, DEVICE, embed_dim=70, lengths=(3, 3))
+    check(p, "triton")
+    assert not launched
