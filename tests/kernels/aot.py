@@ -69,6 +69,17 @@ class AdditiveCase:
     aligned: bool = True
 
 
+@dataclass(frozen=True)
+class PoolCase:
+    """One call of attention pooling, forward and backward; ``options``: packed, with padding, dropout and weights."""
+
+    shape: tuple[int, int, int]  # bags, rows, embed_dim
+    hops: int = 1
+    hidden: int | None = None
+    options: bool = False
+    aligned: bool = True
+
+
 # Every kernel, along rows and in columns: compiled for float32 and bfloat16 on every target, for the others on sm_90.
 CORE = {
     "rows": Case((64, 2048), 1, 8),
@@ -131,22 +142,34 @@ ADDITIVE_MORE = {
     "additive, fast": AdditiveCase((2, 4, 512, 512), fast=True),
     "additive, odd and masked": AdditiveCase((2, 3, 33, 65), 37, 41, mask="boolean", aligned=False),
 }
-CASES = {**CORE, **MORE, **BLOCKS, **ADDITIVE_CORE, **ADDITIVE_MORE}
+# Attention pooling: where its code differs, and where registers are fewest.
+POOLS = {
+    "pool": PoolCase((4, 2000, 512)),
+    "pool, hops": PoolCase((4, 2000, 1024), hops=8),
+    "pool, long rows": PoolCase((4, 20, 8192)),
+    "pool, odd rows": PoolCase((4, 200, 333), hops=3, aligned=False),
+    "pool, all options": PoolCase((4, 200, 512), hidden=16, options=True),
+}
+CASES = {**CORE, **MORE, **BLOCKS, **ADDITIVE_CORE, **ADDITIVE_MORE, **POOLS}
 CORE_JOBS = [(name, "bf16", target) for name in CORE for target in TARGETS]
 CORE_JOBS += [(name, "fp32", target) for name in CORE for target in TARGETS]
 CORE_JOBS += [(name, dtype, "sm_90") for name in CORE for dtype in ("fp64", "fp16")]
 CORE_JOBS += [(name, "bf16", target) for name in ADDITIVE_CORE for target in TARGETS]
 CORE_JOBS += [(name, dtype, "sm_90") for name in ADDITIVE_CORE for dtype in ("fp32", "fp64")]
 CORE_JOBS += [("additive", "fp32", "gfx942")]
+CORE_JOBS += [("pool", "bf16", target) for target in TARGETS]
+CORE_JOBS += [("pool", "fp64", "sm_90"), ("pool", "fp32", "gfx942"), ("pool, hops", "fp32", "sm_80")]
 JOBS = CORE_JOBS + [(name, dtype, "sm_90") for name in (*MORE, *BLOCKS) for dtype in ("fp32", "bf16")]
 JOBS += [("block in columns", "bf16", target) for target in TARGETS if target != "sm_90"]
 JOBS += [(name, "bf16", "sm_90") for name in ADDITIVE_MORE]
 JOBS += [("additive, all options", "fp32", "sm_90")]
+JOBS += [(name, "bf16", "sm_90") for name in POOLS if name != "pool"]
 
 # additive_gradients adds two numbers per thread at a time.
 READERS = {
     "additive_gradients",
     "additive_output",
+    "pool_sums",
     "split_statistics",
     "split_normaliser",
     "split_sums",
@@ -158,6 +181,7 @@ WRITERS = {
     *("mixture_backward_resident", "mixture_split_gradient"),
     *("block_forward_resident", "block_backward_resident"),
     "additive_output",
+    "pool_gradient",
 }
 
 
@@ -241,6 +265,8 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
     case = CASES[name]
     if isinstance(case, AdditiveCase):
         return compile_additive(case, DTYPES[dtype], target)
+    if isinstance(case, PoolCase):
+        return compile_pool(case, DTYPES[dtype], target)
     x = torch.empty(case.shape, dtype=DTYPES[dtype])
     per_head = math.prod(case.shape[case.axis + 1 :]) if case.density == "gaussian" else case.gaussians
     parameters = torch.ones(case.heads, per_head), torch.ones(case.heads, per_head)
@@ -296,6 +322,34 @@ def compile_additive(case: AdditiveCase, dtype: torch.dtype, target: str) -> lis
         output, lse, weights = additive_forward.additive_forward(*tensors, chosen)
         grad = torch.empty_like(output, dtype=arithmetic)
         additive_backward.additive_backward(grad, weights, *tensors, lse, lse, added, chosen)
+    return _statistics_of(driver.launches, jitted, target)
+
+
+def compile_pool(case: PoolCase, dtype: torch.dtype, target: str) -> list[dict]:
+    """The same of a case of attention pooling."""
+    from triton.runtime.jit import JITFunction
+
+    from daam_kernels.kernels import attention_pool
+    from daam_kernels.ops.attention_pool import Pooling
+
+    jitted = [f for f in vars(attention_pool).values() if isinstance(f, JITFunction)]
+    for function in jitted:
+        function.device_caches.clear()
+    bags, rows, embed_dim = case.shape
+    x, cu_seqlens, valid, keep, grad_weights = torch.empty(case.shape, dtype=dtype), None, None, None, None
+    if case.options:
+        x, cu_seqlens = x.flatten(0, 1), torch.arange(0, bags * rows + 1, rows, dtype=torch.int32)
+        valid = torch.ones(bags * rows, dtype=torch.bool)
+        keep = torch.ones((case.hops, bags * rows), dtype=torch.bool)
+        arithmetic = torch.promote_types(dtype, torch.float32)
+        grad_weights = torch.empty(keep.shape, dtype=arithmetic)
+    key = None if case.hidden is None else torch.ones(case.hidden, embed_dim)
+    query = torch.ones(case.hops, case.hidden or embed_dim)
+    tensors = x, query, key, None, None, None, valid, None, cu_seqlens, keep
+    pooling = Pooling(*tensors, 1.0, 0.1 if case.options else 0.0, rows if case.options else None)
+    with RecordingDriver(TARGETS[target]) as driver:
+        context, lse = attention_pool.pool_forward(pooling, None)
+        attention_pool.pool_backward(pooling, context, grad_weights, lse, lse)
     return _statistics_of(driver.launches, jitted, target)
 
 
