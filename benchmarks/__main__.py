@@ -6,11 +6,12 @@ import argparse
 import sys
 
 from .alignment import cli as alignment
+from .bags import cli as bags
 from .kernels import cli as kernels
 from .quickstart import cli as quickstart
 
-_FAMILIES = {"alignment": alignment, "kernels": kernels, "quickstart": quickstart}
-_EXTRAS = {"tqdm", "matplotlib", "gaussian_adaptive_attention"}
+_FAMILIES = {"alignment": alignment, "bags": bags, "kernels": kernels, "quickstart": quickstart}
+_EXTRAS = {"tqdm", "matplotlib", "gaussian_adaptive_attention", "sklearn"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
-        extra = "quickstart" if options.family == "quickstart" else "benchmarks"
+        extra = options.family if options.family in ("bags", "quickstart") else "benchmarks"
         install = f'pip install -c constraints.txt ".[{extra}]"'
         print(f"{error.name} is not installed; in the repository root: {install}", file=sys.stderr)
         return 1

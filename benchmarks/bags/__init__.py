@@ -1,0 +1,1 @@
+"""Multiple-instance learning on bags of real handwritten digits: attention, mean and max pooling."""
