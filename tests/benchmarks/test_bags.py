@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -22,10 +23,11 @@ def digits(monkeypatch):
     for image, number in zip(images, numbers.tolist()):
         image[6 * number : 6 * number + 6] += 10
     found = types.SimpleNamespace(data=images.numpy(), target=numbers.numpy())
-    module = types.ModuleType("sklearn.datasets")
-    module.load_digits = lambda: found
-    monkeypatch.setitem(sys.modules, "sklearn", types.ModuleType("sklearn"))
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", module)
+    for name in ("sklearn", "sklearn.datasets"):
+        module = types.ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        module.load_digits = lambda: found
+        monkeypatch.setitem(sys.modules, name, module)
 
 
 def test_bags_are_what_they_say_and_training_has_no_image_of_the_test(digits):
