@@ -16,15 +16,18 @@ struct Slopes {
   V<T> t0, p1, p2;
 };
 
-// Writes p, still without the normaliser's factor, over q.
+// Writes p, still without the normaliser's factor, over q. Columns ask for the next gradients here, and for the next x in
+// the sweep before: for both at once, memory that is a row of a tensor apart lets the processor wait.
 template <class T, class L>
 void find_slopes(const Group<T>& g, const Origin<T>& o, const V<T>& mean_q, Slopes<T>& found) {
   constexpr int N = Vector<T>::N;
   each_row<T, L>(g, g.lanes(), [&](int r) __attribute__((always_inline)) {
     const Row<T> row = g.row[r];
     const V<T> mean = of_row<T, L>(mean_q, r), twice = of_row<T, L>(o.twice, r);
+    const Ahead ahead = g.ahead[r];
     Sum<T> t0, p1, p2;
     const auto body = [&](int64_t i, auto, auto) __attribute__((always_inline)) {
+      if constexpr (!L::kRows) ahead.touch_grad(i);
       const V<T> z = load(row.z + i * N), p = load(row.density + i * N) * (load(row.q + i * N) - mean), pz = p * z;
       store<T>(row.q + i * N, p);
       t0 += p;

@@ -56,13 +56,10 @@ struct Row {
 // Where the next group lies: brought to the L2 cache while this one is worked on.
 struct Ahead {
   const char *x, *grad;
-  int64_t step;  // bytes from one vector to the next
+  int64_t step, grad_step;  // bytes from one vector to the next
 
-  template <bool BACKWARD>
-  DAAM_INLINE void touch(int64_t i) const {
-    __builtin_prefetch(x + i * step, 0, 2);
-    if (BACKWARD) __builtin_prefetch(grad + i * step, 0, 2);
-  }
+  DAAM_INLINE void touch_x(int64_t i) const { __builtin_prefetch(x + i * step, 0, 2); }
+  DAAM_INLINE void touch_grad(int64_t i) const { __builtin_prefetch(grad + i * grad_step, 0, 2); }
 };
 
 // Sums of x - shift and of its square over what the statistics count.

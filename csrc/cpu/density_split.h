@@ -187,8 +187,10 @@ class Split {
       each_row<T, L>(g, asked, [&](int r) __attribute__((always_inline)) {
         const Row<T> row = g.row[r];
         const V<T> twice = of_row<T, L>(k.origin.twice, r);
+        const Ahead ahead = g.ahead[r];
         Sum<T> z, zz, qz, qzz;
         const auto body = [&](int64_t i, auto, auto) __attribute__((always_inline)) {
+          if constexpr (!L::kRows) ahead.touch_grad(i);
           const V<T> from = load(row.z + i * N), mz = load(row.density + i * N) * from, mzz = mz * (from + twice);
           const V<T> q = load(row.q + i * N);
           z += mz;

@@ -120,7 +120,7 @@ class Rows {
       const int64_t past = cut && start + run < job.length(here.head[r]) ? run * (int64_t)job.storage.size : 0;
       packed.ahead[r].x = to.x[r] + past * job.problem.x.row;
       packed.ahead[r].grad = BACKWARD ? to.grad[r] + past * job.problem.grad.row : packed.ahead[r].x;
-      packed.ahead[r].step = N * (int64_t)job.storage.size;
+      packed.ahead[r].step = packed.ahead[r].grad_step = N * (int64_t)job.storage.size;
     }
   }
 
@@ -224,7 +224,7 @@ class Columns {
       return static_cast<const char*>(base) + (row * s.row + there.offset(0, s)) * (int64_t)job.storage.size;
     };
     next_x = next_at(t.x, p.x);
-    next_grad = BACKWARD ? next_at(t.grad, p.grad) : next_x;
+    if (BACKWARD) next_grad = next_at(t.grad, p.grad);
   }
 
   int64_t groups() const { return divide_up(lanes.count, N); }
@@ -244,7 +244,9 @@ class Columns {
       if (BACKWARD) row.grad = grad.at + from;
       if (P != Padding::kNone) row.valid = valid + from;
       if (weights.at) row.weights = weights.at + from;
-      packed[b].ahead[0] = {next_x + j * N * size, next_grad + (BACKWARD ? j * N * size : 0), job.problem.x.row * size};
+      const int64_t right = j * N * size;
+      packed[b].ahead[0] = {
+          next_x + right, BACKWARD ? next_grad + right : nullptr, job.problem.x.row * size, job.problem.grad.row * size};
     }
     return packed;
   }
