@@ -5,13 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 
+from .additive import cli as additive
 from .alignment import cli as alignment
 from .bags import cli as bags
 from .kernels import cli as kernels
 from .pool import cli as pool
 from .quickstart import cli as quickstart
 
-_FAMILIES = {"alignment": alignment, "bags": bags, "kernels": kernels, "pool": pool, "quickstart": quickstart}
+_FAMILIES = {
+    "additive": additive,
+    "alignment": alignment,
+    "bags": bags,
+    "kernels": kernels,
+    "pool": pool,
+    "quickstart": quickstart,
+}
 _EXTRAS = {"tqdm", "matplotlib", "gaussian_adaptive_attention", "sklearn"}
 
 

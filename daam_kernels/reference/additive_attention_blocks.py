@@ -79,13 +79,15 @@ def additive_attention_forward(
         for blocks in _blocks(problem):
             top = blocks[0]
             scores = torch.cat([_scores(problem, block, _activations(problem, block, buffer)) for block in blocks], -1)
-            row_lse = torch.logsumexp(scores, -1)
-            shares = scores.sub_(_finite(row_lse).unsqueeze(-1)).exp_()
+            above = _finite(scores.amax(-1, keepdim=True))
+            shares = scores.sub_(above).exp_()
+            total = shares.sum(-1, keepdim=True)
+            shares /= total.masked_fill(total == 0, 1.0)
             seen = slice(0, shares.shape[-1])
             if dropout_p:
                 shares *= _kept(problem, top._replace(columns=seen))
             output[:, head][top.of_queries] = shares @ problem.value[top.batches, seen]
-            lse[:, head][top.of_queries] = row_lse
+            lse[:, head][top.of_queries] = total.log_().add_(above).squeeze(-1)
             if weights is not None:
                 weights[:, head][(*top.of_queries, seen)] = shares
     return output, lse, weights

@@ -1,0 +1,1 @@
+"""Additive attention beside what else computes it: time and peak memory."""
