@@ -41,6 +41,7 @@ from .density_math import (
     product_weights,
     program_slices,
     reciprocal_sqrt,
+    rows_within,
     relative_gradient,
     slice_number,
     slice_offsets,
@@ -130,7 +131,8 @@ def backward_resident(
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     CLAMP: tl.constexpr, EPS: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr,
-    COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g, writes dx, and four sums per block. One sweep."""
     head, block, start, n, o, i, inside = program_slices(
@@ -139,7 +141,7 @@ def backward_resident(
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
     a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
     r = tl.arange(0, BLOCK_R)
-    within = (r < n)[:, None] & inside[None, :]
+    within = rows_within(r, n, inside, WHOLE)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     g_base = slice_offsets(o, i, start, g_stride_o, g_stride_r, g_stride_i, COLUMNS, VEC)
     dx_base = slice_offsets(o, i, start, dx_stride_o, dx_stride_r, dx_stride_i, COLUMNS, VEC)
@@ -187,7 +189,7 @@ def split_sums(
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     EPS: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g; writes what ``merge_sums`` needs of each run: 10 numbers, [10, chunks, slices]."""
     head, _block, start, n, o, i, inside = program_slices(
@@ -219,7 +221,7 @@ def split_sums(
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for tile in range(tiles):
         r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        within = (r < n)[:, None] & inside[None, :]
+        within = rows_within(r, n, inside, WHOLE)
         x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
         g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
         valid = within
@@ -321,7 +323,8 @@ def split_gradient(
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     CLAMP: tl.constexpr, EPS: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr,
-    VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    VEC: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g, writes dx, and four sums per block of slices."""
     head, block, start, n, o, i, inside = program_slices(
@@ -350,7 +353,7 @@ def split_gradient(
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for tile in range(tiles):
         r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        within = (r < n)[:, None] & inside[None, :]
+        within = rows_within(r, n, inside, WHOLE)
         x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
         g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
         valid = within

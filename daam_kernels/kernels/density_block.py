@@ -29,6 +29,7 @@ from .density_math import (
     product_weights,
     program_slices,
     reciprocal_sqrt,
+    rows_within,
     slice_offsets,
     standardise,
     tile_offsets,
@@ -94,7 +95,7 @@ def block_forward_resident(
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     CLAMP: tl.constexpr, EPS: tl.constexpr, LAYERS: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr,
-    VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    VEC: tl.constexpr, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Reads x, writes y. One sweep."""
     head, _block, start, n, o, i, inside = program_slices(
@@ -103,7 +104,7 @@ def block_forward_resident(
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     y_base = slice_offsets(o, i, start, y_stride_o, y_stride_r, y_stride_i, COLUMNS, VEC)
     r = tl.arange(0, BLOCK_R)
-    within = (r < n)[:, None] & inside[None, :]
+    within = rows_within(r, n, inside, WHOLE)
     x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
     allowed = within
     if HAS_MASK:
@@ -129,7 +130,7 @@ def block_backward_resident(
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     CLAMP: tl.constexpr, EPS: tl.constexpr, LAYERS: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr,
-    VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    VEC: tl.constexpr, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g, writes dx, and four sums per layer and block of slices, at [layer, head, 4, block]. One sweep."""
     head, block, start, n, o, i, inside = program_slices(
@@ -141,7 +142,7 @@ def block_backward_resident(
     g_base = slice_offsets(o, i, start, g_stride_o, g_stride_r, g_stride_i, COLUMNS, VEC)
     dx_base = slice_offsets(o, i, start, dx_stride_o, dx_stride_r, dx_stride_i, COLUMNS, VEC)
     r = tl.arange(0, BLOCK_R)
-    within = (r < n)[:, None] & inside[None, :]
+    within = rows_within(r, n, inside, WHOLE)
     x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
     g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
     allowed = within

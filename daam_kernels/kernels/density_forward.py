@@ -41,6 +41,7 @@ from .density_math import (
     program_slices,
     reciprocal_sqrt,
     rescale,
+    rows_within,
     save_statistics,
     slice_number,
     slice_offsets,
@@ -61,9 +62,9 @@ def forward_resident(
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     CLAMP: tl.constexpr, EPS: tl.constexpr, MIXTURE: tl.constexpr, NORMALISED: tl.constexpr,
-    PER_FEATURE: tl.constexpr, MULTIPLY: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr,
-    COLUMNS: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    PER_FEATURE: tl.constexpr, MULTIPLY: tl.constexpr, RESIDUAL: tl.constexpr,
+    UNROLLED: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Reads x, writes y, the weights and 3 numbers per slice where asked for. One sweep."""
     head, _block, start, n, o, i, inside = program_slices(
@@ -71,8 +72,10 @@ def forward_resident(
     )
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     y_base = slice_offsets(o, i, start, y_stride_o, y_stride_r, y_stride_i, COLUMNS, VEC)
+    if WHOLE:
+        n = BLOCK_R  # which is known to the compiler
     r = tl.arange(0, BLOCK_R)
-    within = (r < n)[:, None] & inside[None, :]
+    within = rows_within(r, n, inside, WHOLE)
     x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
 
     if PADDED:
@@ -88,17 +91,17 @@ def forward_resident(
     count, mean, var = tile_statistics(shifted, x0, valid, domain, n, EPS, PADDED, EXCLUDE, NORMALISED, PER_FEATURE)
     rstd = reciprocal_sqrt(var)
     if MIXTURE:
-        gap = shifted * rstd[None, :]
+        d = shifted - mean[None, :]
         if NORMALISED:
             asked = inside & (count > 0.0)
-            weights, top = mixture_over_peak(
-                gap, mean, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
+            weights, total, top = mixture_over_peak(
+                d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, UNROLLED, ACC
             )
             log_peak = mixture_at_peak(top, EPS)
         else:
             feature = parameter_number(head, i, inner, COLUMNS, VEC)
             weights = gate_density(
-                gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians,
+                d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians,
                 EPS, PER_FEATURE, ACC,
             )  # fmt: skip
     else:
@@ -111,9 +114,10 @@ def forward_resident(
             x_peak = value_at_peak(x, z, peak, domain, x0)
             save_statistics(stats_ptr, x_peak, mean - (x_peak - x0), var, number, num_slices, inside)
         weights = density(z - peak[None, :], peak, domain, a)
+        total = tl.sum(weights, axis=0)
         log_peak = product_at_peak(peak, rstd, a, spread, level)
     if NORMALISED:
-        scale, _ = normaliser(log_peak, tl.sum(weights, axis=0), CLAMP)
+        scale, _ = normaliser(log_peak, total, CLAMP)
         weights = finish_weights(weights, scale, valid, count, EXCLUDE)
 
     at = tile_offsets(y_base, r, y_stride_r, COLUMNS, VEC)
@@ -131,7 +135,8 @@ def split_statistics(
     outer, chunk, length, inner, num_heads, num_slices, num_chunks, tiles,
     x_stride_o, x_stride_r, x_stride_i, mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Reads x; writes (count, x0, mean - x0, sum of squared deviations) of each run of a slice."""
     head, _block, start, n, o, i, inside = program_slices(
@@ -150,7 +155,7 @@ def split_statistics(
         x0 = tl.load(x_ptr + at, mask=inside, other=0.0).to(ACC)
     for t in range(tiles):
         r = first + t * BLOCK_R + tl.arange(0, BLOCK_R)
-        within = (r < n)[:, None] & inside[None, :]
+        within = rows_within(r, n, inside, WHOLE)
         x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
         valid = within
         if PADDED:
@@ -182,7 +187,8 @@ def split_normaliser(
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, tiles,
     x_stride_o, x_stride_r, x_stride_i, mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    EPS: tl.constexpr, MIXTURE: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
+    EPS: tl.constexpr, MIXTURE: tl.constexpr, UNROLLED: tl.constexpr, ACC: tl.constexpr,
+    COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads x; writes the merged statistics, and of each run (peak, x there, sum of densities over that one's), or of a
@@ -211,21 +217,21 @@ def split_normaliser(
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for t in range(tiles):
         r = first + t * BLOCK_R + tl.arange(0, BLOCK_R)
-        within = (r < n)[:, None] & inside[None, :]
+        within = rows_within(r, n, inside, WHOLE)
         x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
         domain = within
         if EXCLUDE:
             domain = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
         before = peak
         if MIXTURE:
-            gap = (x - x0[None, :]) * rstd[None, :]
+            d = (x - x0[None, :]) - mean[None, :]
             asked = tl.max(domain.to(tl.int32), axis=0) > 0
-            densities, found = mixture_over_peak(
-                gap, mean, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
+            _densities, added, found = mixture_over_peak(
+                d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, UNROLLED, ACC
             )
             peak = tl.maximum(before, found)
             kept = total * tl.exp2(before - peak)
-            densities *= tl.exp2(found - peak)[None, :]
+            added *= tl.exp2(found - peak)
         else:
             z = standardise(x - x0[None, :], mean, rstd, center)
             found = find_peak(z, domain)
@@ -233,9 +239,9 @@ def split_normaliser(
             nearer = present & ((total == 0.0) | (tl.abs(found) < tl.abs(before)))
             peak = tl.where(nearer, found, before)
             x_peak = tl.where(nearer, value_at_peak(x, z, found, domain, x0), x_peak)
-            densities = density(z - peak[None, :], peak, domain, a)
+            added = tl.sum(density(z - peak[None, :], peak, domain, a), axis=0)
             kept = total * rescale(before, peak, a)
-        total = tl.where(total == 0.0, 0.0, kept) + tl.sum(densities, axis=0)
+        total = tl.where(total == 0.0, 0.0, kept) + added
     at = partials_ptr + number + tl.program_id(1) * slices
     field = slices * num_chunks
     tl.store(at, peak, mask=inside)
@@ -255,9 +261,9 @@ def split_output(
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     CLAMP: tl.constexpr, EPS: tl.constexpr, MIXTURE: tl.constexpr, NORMALISED: tl.constexpr,
-    PER_FEATURE: tl.constexpr, MULTIPLY: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr,
-    COLUMNS: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    PER_FEATURE: tl.constexpr, MULTIPLY: tl.constexpr, RESIDUAL: tl.constexpr,
+    UNROLLED: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads x, writes y, the weights and 3 numbers per slice where asked for."""
     head, _block, start, n, o, i, inside = program_slices(
@@ -298,7 +304,7 @@ def split_output(
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for t in range(tiles):
         r = first + t * BLOCK_R + tl.arange(0, BLOCK_R)
-        within = (r < n)[:, None] & inside[None, :]
+        within = rows_within(r, n, inside, WHOLE)
         x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
         valid = within
         if PADDED:
@@ -306,13 +312,13 @@ def split_output(
         domain = valid if EXCLUDE else within
         if not NORMALISED:
             densities = gate_density(
-                (x - x0[None, :]) * rstd[None, :], mean, rstd, domain,
+                (x - x0[None, :]) - mean[None, :], rstd, domain,
                 mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians, EPS, PER_FEATURE, ACC,
             )  # fmt: skip
         elif MIXTURE:
             densities = mixture_density(
-                (x - x0[None, :]) * rstd[None, :], mean, rstd, domain, peak,
-                mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC,
+                (x - x0[None, :]) - mean[None, :], rstd, domain, peak,
+                mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, UNROLLED, ACC,
             )  # fmt: skip
         else:
             gap = standardise(x - x0[None, :], mean, rstd, center) - peak[None, :]

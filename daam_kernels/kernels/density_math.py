@@ -14,6 +14,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 VAR_ADDED = tl.constexpr(1e-8)  # to the variance of the per-feature Gaussian, beside eps
 VAR_FLOOR = tl.constexpr(1e-6)  # the smallest variance of the gate
 TWO_PI = tl.constexpr(6.283185307179586)
+ROOT_HALF_LOG2_E = tl.constexpr(0.8493218002880191)
+ROUNDING = tl.constexpr(1.5 * 2.0**23)  # a sum with it is rounded to a whole number, which its last bits are
 FADED = tl.constexpr(2.0**-32)  # sums of densities below it, or above its inverse, lie far from their peak
 FAR = tl.constexpr(3e38)  # farther than any z^2, finite so that differences of it are numbers
 
@@ -118,6 +120,16 @@ def slice_offsets(o, i, start, stride_o, stride_r, stride_i, COLUMNS: tl.constex
 def tile_offsets(base, r, stride_r, COLUMNS: tl.constexpr, VEC: tl.constexpr):
     """Offsets, in elements, of rows r of the slices that start at base."""
     return r.to(tl.int64)[:, None] * stride_r * (VEC if COLUMNS else 1) + base[None, :]
+
+
+@triton.jit
+def rows_within(r, n, inside, WHOLE: tl.constexpr):
+    """Which elements of a tile are in a slice of n rows; all of them where every tile is WHOLE, which costs nothing."""
+    if WHOLE:
+        within = tl.full([r.shape[0], inside.shape[0]], True, tl.int1)
+    else:
+        within = (r < n)[:, None] & inside[None, :]
+    return within
 
 
 @triton.jit
@@ -277,59 +289,129 @@ def product_at_peak(peak, rstd, a, spread, level):
 
 @triton.jit
 def load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC: tl.constexpr):
-    """(offset, 1 / width^2, log2 of the share) of Gaussian k of the head's mixture."""
+    """(offset, width, log2 of the share) of Gaussian k of the head's mixture."""
     at = head.to(tl.int64) * num_gaussians + k
     offset = tl.load(mean_offsets_ptr + at).to(ACC)
     width = tl.load(c_ptr + at).to(ACC)
     share = tl.load(log_shares_ptr + at).to(ACC) * LOG2_E
-    return offset, 1.0 / (width * width), share
+    return offset, width, share
 
 
 @triton.jit
-def gaussian_term(gap, mean, rstd, offset, inverse, share, top):
-    """log2 of a Gaussian's density times its share, less ``top``; gap is (x - x0) / sqrt(var).
+def distance_from(d, rstd, offset, narrowness):
+    """u, whose square is what log2 of a Gaussian falls by; d is x - mean."""
+    slope = rstd * narrowness
+    return d * slope[None, :] - (offset * slope)[None, :]
 
-    Two fused multiplications an element: what all elements of a slice have in common is in the constant, where it
-    costs no digits.
+
+@triton.jit
+def narrowness_of(width):
+    """What ``distance_from`` takes in the place of a width, of either sign."""
+    return reciprocal_sqrt(width * width) * ROOT_HALF_LOG2_E
+
+
+@triton.jit
+def mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC: tl.constexpr):
+    """log2 of the density of Gaussian k times its share, less ``top``; d is x - mean.
+
+    Two fused multiplications an element: all that the elements of a slice have in common is in three numbers.
     """
-    from_x0 = (mean + offset) * rstd
-    half = inverse * (0.5 * LOG2_E)
-    constant = share - from_x0 * from_x0 * half
-    return (constant[None, :] + gap * ((2.0 * from_x0 * half)[None, :] - gap * half)) - top[None, :]
+    offset, width, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+    u = distance_from(d, rstd, offset, narrowness_of(width))
+    return (share - top)[None, :] - u * u
 
 
 @triton.jit
-def mixture_term(
-    gap, mean, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC: tl.constexpr
-):
-    """The term of Gaussian k of the head."""
-    offset, inverse, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
-    return gaussian_term(gap, mean, rstd, offset, inverse, share, top)
+def exp2_polynomial(term):
+    """2^term of a float32 from -126 to 127 by multiplications, of which a GPU does eight in the time of one tl.exp2.
+
+    Exact to 1e-7 and rounding; below -126 it stays where it is there.
+    """
+    term = tl.maximum(term, -126.0)
+    shifted = term + ROUNDING
+    f = term - (shifted - ROUNDING)
+    power = 1.326472731e-3 * f + 9.671512991e-3
+    power = power * f + 5.550733581e-2
+    power = power * f + 2.402224243e-1
+    power = power * f + 6.931470037e-1
+    power = power * f + 1.0
+    bits = power.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def mixture_density(
+    d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
+    UNROLLED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The densities over 2^``top``: K exponentials an element. UNROLLED is K where it is known, or 0.
+
+    Of eight Gaussians one takes no exponentials, so that a GPU computes no longer than it reads and writes float32.
+    """
+    if UNROLLED > 0:
+        densities = tl.exp2(
+            mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, 0, num_gaussians, ACC)
+        )
+        for k in tl.static_range(1, UNROLLED):
+            term = mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+            if k == 7 and ACC == tl.float32:
+                densities += exp2_polynomial(term)
+            else:
+                densities += tl.exp2(term)
+    else:
+        densities = tl.zeros_like(d)
+        for k in range(num_gaussians):
+            densities += tl.exp2(
+                mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+            )
+    return tl.where(domain, densities, 0.0)
 
 
 @triton.jit
 def mixture_peak(
-    gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC: tl.constexpr
-):
+    d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC: tl.constexpr
+):  # fmt: skip
     """The largest term of each slice's mixture, as log2; -FAR where there is none."""
     nothing = tl.zeros_like(rstd)
     top = nothing - FAR
     for k in range(num_gaussians):
-        term = mixture_term(
-            gap, mean, rstd, nothing, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC
-        )
+        term = mixture_term(d, rstd, nothing, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
         top = tl.maximum(top, tl.max(tl.where(domain, term, -FAR), axis=0))
     return top
 
 
 @triton.jit
-def largest_share(log_shares_ptr, head, num_gaussians, ACC: tl.constexpr):
-    """log2 of the head's largest share: above every term, and about the largest where a slice reaches its Gaussian."""
-    first = log_shares_ptr + head.to(tl.int64) * num_gaussians
-    largest = tl.load(first)
-    for k in range(1, num_gaussians):
-        largest = tl.maximum(largest, tl.load(first + k))
-    return tl.maximum(largest.to(ACC) * LOG2_E, -FAR)
+def mixture_over_peak(
+    d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
+    UNROLLED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(densities over a peak of their slice, their sum, log2 of the peak).
+
+    The peak is 1, which costs nothing to find. Only where the sum says that this will not do is it the slice's largest
+    term: where all of the slice lies far from all Gaussians, or the shares are far from 1 as they are. ``asked`` marks
+    the slices that count.
+    """
+    top = tl.zeros_like(rstd)
+    densities = mixture_density(
+        d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, UNROLLED, ACC
+    )
+    total = tl.sum(densities, axis=0)
+    near = (total >= FADED) & (total <= 1.0 / FADED)  # which a NaN is not
+    far = asked & (near == 0)
+    if tl.max(far.to(tl.int32), axis=0) > 0:
+        peak = mixture_peak(d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC)
+        top = tl.where(far, peak, top)
+        densities = mixture_density(
+            d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, 0, ACC
+        )
+        total = tl.sum(densities, axis=0)
+    return densities, total, top
+
+
+@triton.jit
+def mixture_at_peak(top, EPS: tl.constexpr):
+    """log2 of the peak over eps."""
+    return top - (tl.log(tl.full([], EPS, tl.float64)) * LOG2_E).to(top.dtype)
 
 
 @triton.jit
@@ -340,96 +422,55 @@ def parameter_number(head, i, inner, COLUMNS: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def gaussian_part(
-    gap, mean, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, feature, inside, num_gaussians,
+    d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, feature, inside, num_gaussians,
     EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of Gaussian k: (its part of the densities, e, 1 / c^2, how much of its width grows with sqrt(var)).
+    """Of Gaussian k: (its part of the densities, e, e / c^2, how much of its width grows with sqrt(var)).
 
-    The mixture's parts are over 2^top, others as they are, and have no top. ``feature`` is what ``parameter_number``
-    gave. The gate's Gaussians have eps added to their width; the per-feature one has c in the place of c^2.
+    d is x - mean. The mixture's parts are over 2^top, to the last bit those of which ``top`` is the largest; others are
+    as they are, and have no top. ``feature`` is what ``parameter_number`` gave. The gate's Gaussians have eps added to
+    their width; the per-feature one has c in the place of c^2.
     """
     grows = 1.0
     if NORMALISED:
-        offset, inverse, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
-        part = tl.exp2(gaussian_term(gap, mean, rstd, offset, inverse, share, top))
-        e = gap - ((mean + offset) * rstd)[None, :]
+        offset, width, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+        narrowness = narrowness_of(width)
+        u = distance_from(d, rstd, offset, narrowness)
+        part = tl.exp2((share - top)[None, :] - u * u)
+        e = u * (tl.abs(width) * (1.0 / ROOT_HALF_LOG2_E))
+        over_width = u * (narrowness * (2.0 * LN_2))
     else:
         if PER_FEATURE:
             offset = tl.load(mean_offsets_ptr + feature, mask=inside, other=0.0).to(ACC)
             inverse = inverse_of(tl.load(c_ptr + feature, mask=inside, other=1.0).to(ACC))[None, :]
             share = tl.zeros_like(rstd)
         else:
-            at = head.to(tl.int64) * num_gaussians + k
-            offset = tl.load(mean_offsets_ptr + at).to(ACC)
-            width = tl.load(c_ptr + at).to(ACC)
+            offset, width, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+            share += tl.zeros_like(rstd)
             whole = width + EPS * rstd
             inverse = inverse_of(whole * whole)[None, :]
             grows = width / whole
-            share = tl.zeros_like(rstd) + tl.load(log_shares_ptr + at).to(ACC) * LOG2_E
-        e = gap - ((mean + offset) * rstd)[None, :]
+        e = d * rstd[None, :] - (offset * rstd)[None, :]
         # Not e^2: where it overflows, it may be 0 times infinity.
         part = tl.exp2(share[None, :] - e * (e * (inverse * (0.5 * LOG2_E))))
-    return part, e, inverse, grows
-
-
-@triton.jit
-def mixture_density(
-    gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC: tl.constexpr
-):
-    """The densities over 2^``top``: K exponentials an element."""
-    densities = tl.zeros_like(gap)
-    for k in range(num_gaussians):
-        densities += tl.exp2(
-            mixture_term(gap, mean, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
-        )
-    return tl.where(domain, densities, 0.0)
+        over_width = e * inverse
+    return part, e, over_width, grows
 
 
 @triton.jit
 def gate_density(
-    gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians,
+    d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians,
     EPS: tl.constexpr, PER_FEATURE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The densities that are not normalised: K exponentials an element."""
-    densities = tl.zeros_like(gap)
+    densities = tl.zeros_like(d)
     for k in range(num_gaussians):
-        part, _e, _inverse, _grows = gaussian_part(
-            gap, mean, rstd, rstd, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, feature, inside, num_gaussians,
+        part, _e, _over_width, _grows = gaussian_part(
+            d, rstd, rstd, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, feature, inside, num_gaussians,
             EPS, False, PER_FEATURE, ACC,
         )  # fmt: skip
         densities += part
     return tl.where(domain, densities, 0.0)
-
-
-@triton.jit
-def mixture_over_peak(
-    gap, mean, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC: tl.constexpr
-):
-    """(densities over a peak of their slice, log2 of the peak).
-
-    The peak is the largest share, which costs nothing to find. Only where the sum says that this will not do is it the
-    slice's largest term: where all of the slice lies far from all Gaussians, or they are so narrow that rounding lifts
-    a term above its share. ``asked`` marks the slices that count.
-    """
-    top = tl.zeros_like(rstd) + largest_share(log_shares_ptr, head, num_gaussians, ACC)
-    densities = mixture_density(
-        gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
-    )
-    total = tl.sum(densities, axis=0)
-    far = asked & ((total < FADED) | (total > 1.0 / FADED))
-    if tl.max(far.to(tl.int32), axis=0) > 0:
-        peak = mixture_peak(gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC)
-        top = tl.where(far, peak, top)
-        densities = mixture_density(
-            gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
-        )
-    return densities, top
-
-
-@triton.jit
-def mixture_at_peak(top, EPS: tl.constexpr):
-    """log2 of the peak over eps."""
-    return top - (tl.log(tl.full([], EPS, tl.float64)) * LOG2_E).to(top.dtype)
 
 
 @triton.jit
@@ -438,12 +479,12 @@ def normaliser(log_peak, total, CLAMP: tl.constexpr):
 
     Densities and their sum are over a peak, of which ``log_peak`` is the log2 over eps.
     """
-    scale = 1.0 / total
     clamped = total < 0.0
     if CLAMP:
-        clamped = log_peak + tl.log2(total) < 0.0
-        scale = tl.where(clamped, tl.exp2(log_peak), scale)
-    return scale, clamped
+        least = tl.exp2(-log_peak)
+        clamped = total < least
+        total = tl.maximum(total, least)
+    return 1.0 / total, clamped
 
 
 @triton.jit

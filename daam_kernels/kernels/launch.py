@@ -39,6 +39,7 @@ LIMIT_REGISTERS = torch.version.hip is None  # told that all may be used, ptxas 
 _WARPS_ROWS, _WARPS_COLUMNS = 16, 8
 _THREAD_ELEMENTS = 8
 _WIDE_ROW, _NARROW_ROW = 256, 64  # bytes of neighbouring slices in a row of a tile, at best and at least
+_REGISTERS = 255  # of a thread, at most
 _PROGRAMS = 528  # that long slices are split for: four for each of an H200's 132 processors
 _FEATURES, _ROWS = 64, 16  # whose partial sums a program adds, and how many at a time
 MOST_LAYERS = 6  # that one sweep takes: each makes the kernels longer, and they take longer to compile
@@ -52,7 +53,8 @@ class Tile:
 
     ``vec`` divides every size and stride that is not along the contiguous axis; the kernel gets those divided by it
     and multiplies them back, which is how the compiler learns that 16-byte accesses are aligned.
-    A slice is resident (``num_chunks == 0``) or split into ``num_chunks`` runs of ``tiles`` tiles.
+    A slice is resident (``num_chunks == 0``) or split into ``num_chunks`` runs of ``tiles`` tiles. Where every tile is
+    ``whole``, with no row or slice too many, nothing has to be masked.
     """
 
     columns: bool
@@ -60,9 +62,11 @@ class Tile:
     block_s: int
     vec: int
     num_warps: int
+    registers: int  # of a thread, at most
     num_blocks: int
     tiles: int
     num_chunks: int
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Launch:
             chosen = {name: self.values[name] for name in kernel.arg_names if name in self.values}
             chosen.update(num_warps=self.tile.num_warps, num_stages=1, enable_fp_fusion=True)
             if LIMIT_REGISTERS:
-                chosen["maxnreg"] = min(255, 65536 // (32 * self.tile.num_warps))
+                chosen["maxnreg"] = self.tile.registers
             self._chosen[kernel] = chosen
         return chosen
 
@@ -104,7 +108,8 @@ def density_launch(
     mask_strides = view.strides[len(names)] if len(view.strides) > len(names) else (0, 0, 0)
     view = replace(view, strides=view.strides[: len(names)])
     layers = num_gaussians if isinstance(num_gaussians, tuple) else (num_gaussians,)
-    tile = density_tile(view, num_heads, itemsize, "g" in names, flags["PADDED"], len(layers))
+    num_mixed = num_gaussians if flags["MIXTURE"] and flags["NORMALISED"] else 0
+    tile = density_tile(view, num_heads, itemsize, "g" in names, flags["PADDED"], len(layers), num_mixed)
     chunk, vec = view.length // num_heads, tile.vec
     num_partials = tile.num_blocks
     if flags["MIXTURE"]:  # a tile each
@@ -124,6 +129,7 @@ def density_launch(
         "tiles": tile.tiles,
         "LAYERS": len(layers),
         "COLUMNS": tile.columns,
+        "WHOLE": tile.whole,
         "VEC": vec,
         "BLOCK_R": tile.block_r,
         "BLOCK_S": tile.block_s,
@@ -132,6 +138,7 @@ def density_launch(
         "BLOCK_P": min(_REDUCTION, _power_of_two(num_partials)),
         "BLOCK_F": min(_FEATURES, _power_of_two(view.inner)),
         "BLOCK_N": _ROWS,
+        "UNROLLED": _unrolled(tile, num_mixed, itemsize),
         **flags,
     }
     for name, (o, r, i) in zip(names, view.strides):
@@ -139,6 +146,12 @@ def density_launch(
         values.update(zip((f"{name}_stride_o", f"{name}_stride_r", f"{name}_stride_i"), scaled))
     values.update(zip(("mask_stride_o", "mask_stride_r", "mask_stride_i"), mask_strides))
     return Launch(tile, tile.num_blocks * num_heads, values["num_slices"], values)
+
+
+def _unrolled(tile: Tile, num_mixed: int, itemsize: int) -> int:
+    """The Gaussians of a mixture if a thread has registers for three numbers of each and its slices, else 0."""
+    most = 4 if itemsize == 2 else 8
+    return 0 if tile.columns or num_mixed * tile.block_s > most else num_mixed
 
 
 def fits_block(
@@ -155,10 +168,16 @@ def fits_block(
 
 
 def density_tile(
-    view: SliceView, num_heads: int, itemsize: int, backward: bool, padded: bool = False, num_layers: int = 1
+    view: SliceView,
+    num_heads: int,
+    itemsize: int,
+    backward: bool,
+    padded: bool = False,
+    num_layers: int = 1,
+    num_mixed: int = 0,
 ) -> Tile:
     """The tile of one direction; ``padded`` where elements can be padding, and ``num_layers`` of a block whose slices
-    fit, both of which cost registers."""
+    fit, both of which cost registers, as do the ``num_mixed`` Gaussians of a mixture, which 0 says it is not."""
     chunk = view.length // num_heads
     longest = view.length - (num_heads - 1) * chunk
     if view.packed:  # a sequence one element short of another whole chunk leaves the last head the most
@@ -189,11 +208,6 @@ def density_tile(
         block_s = max(narrow, min(wide, largest // block_r), min(available, usual // block_r))
     else:
         block_s = max(1, min(available, usual // block_r))
-    # Fewer warps have more registers for a thread.
-    few_warps = columns or split or (backward and (itemsize == 8 or num_layers > 1))
-    most_warps = _WARPS_COLUMNS if few_warps else _WARPS_ROWS
-    num_warps = min(most_warps, max(1, block_r * block_s * scale // (32 * _THREAD_ELEMENTS)))
-
     num_blocks = -(-slices // block_s) * (view.outer if apart else 1)
     num_chunks, tiles = 0, 1
     if split:
@@ -201,7 +215,22 @@ def density_tile(
         most = min(row_tiles, max(1, merged // block_s))
         tiles = -(-row_tiles // min(most, -(-_PROGRAMS // (num_blocks * num_heads))))
         num_chunks = -(-row_tiles // tiles)
-    return Tile(columns, block_r, block_s, vec, num_warps, num_blocks, tiles, num_chunks)
+    equal = not view.packed and view.length == num_heads * chunk
+    whole = equal and chunk == block_r * tiles * max(1, num_chunks) and slices % block_s == 0
+
+    # Fewer warps have more registers for a thread.
+    few_warps = columns or split or (backward and (itemsize == 8 or num_layers > 1))
+    most_warps = _WARPS_COLUMNS if few_warps else _WARPS_ROWS
+    elements, registers = _THREAD_ELEMENTS, _REGISTERS
+    if num_mixed and not (backward or columns or split or itemsize == 8):
+        # What a thread does once for its slices is shared by its elements, but masks take registers, and slices do.
+        elements = 16
+        if whole and not padded and block_r >= 256:
+            most = itemsize == 2 and block_r >= 4096 and num_mixed <= 4
+            elements, registers = (64, _REGISTERS) if most else (32, _REGISTERS // 2 + 1)
+    num_warps = min(most_warps, max(1, block_r * block_s * scale // (32 * elements)))
+    registers = min(registers, 65536 // (32 * num_warps))
+    return Tile(columns, block_r, block_s, vec, num_warps, registers, num_blocks, tiles, num_chunks, whole)
 
 
 def _room(itemsize: int, backward: bool, columns: bool, padded: bool, num_layers: int) -> tuple[int, int, int]:

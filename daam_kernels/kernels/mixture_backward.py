@@ -48,7 +48,7 @@ from .density_math import (
     pick_first,
     program_slices,
     reciprocal_sqrt,
-    relative_gradient,
+    rows_within,
     save_statistics,
     slice_number,
     slice_offsets,
@@ -58,6 +58,12 @@ from .density_math import (
     tile_statistics,
 )
 from .host import SIZES, arithmetic_type, device_of, prepare, run, viewable
+
+
+@triton.jit
+def gradient_seen_from(g_valid, from_x0, x0, g0):
+    """q = x0 (g - g0) + g (x - x0) of a tile, for any x0 and g0 of its slices."""
+    return (g_valid - g0[None, :]) * x0[None, :] + g_valid * from_x0
 
 
 @triton.jit
@@ -83,7 +89,7 @@ def gate_gradient(g, g_valid, x, domain, MULTIPLY: tl.constexpr):
 
 @triton.jit
 def slopes(
-    gap, mean, rstd, h, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
+    d, rstd, h, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
     head, feature, inside, partial, num_gaussians, num_partials,
     EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -92,16 +98,16 @@ def slopes(
     Saves the sums over the tile that the gradients of the Gaussians need, at [head, k, 3, partial]; of the per-feature
     one those of each slice, at [head, 2, partial of the slice]. Where there are no partials it saves nothing.
     """
-    slope = tl.zeros_like(gap)
+    slope = tl.zeros_like(d)
     first = tl.zeros_like(rstd)
     second = tl.zeros_like(rstd)
     for k in range(num_gaussians):
-        part, e, inverse, grows = gaussian_part(
-            gap, mean, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, feature, inside, num_gaussians,
+        part, e, over_width, grows = gaussian_part(
+            d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, feature, inside, num_gaussians,
             EPS, NORMALISED, PER_FEATURE, ACC,
         )  # fmt: skip
         share = tl.where(domain, part, 0.0) * h
-        by_e = share * e * inverse
+        by_e = share * over_width
         slope += by_e
         sum_e = tl.sum(by_e, axis=0)
         sum_ee = tl.sum(by_e * e, axis=0)
@@ -143,14 +149,14 @@ def mixture_backward_resident(
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     CLAMP: tl.constexpr, EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr,
     MULTIPLY: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr,
-    COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g, writes dx, and three sums per Gaussian and block. One sweep."""
     head, block, start, n, o, i, inside = program_slices(
         cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
     )
     r = tl.arange(0, BLOCK_R)
-    within = (r < n)[:, None] & inside[None, :]
+    within = rows_within(r, n, inside, WHOLE)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     g_base = slice_offsets(o, i, start, g_stride_o, g_stride_r, g_stride_i, COLUMNS, VEC)
     dx_base = slice_offsets(o, i, start, dx_stride_o, dx_stride_r, dx_stride_i, COLUMNS, VEC)
@@ -169,34 +175,34 @@ def mixture_backward_resident(
     shifted = x - x0[None, :]
     count, mean, var = tile_statistics(shifted, x0, valid, domain, n, EPS, PADDED, EXCLUDE, NORMALISED, PER_FEATURE)
     rstd = reciprocal_sqrt(var)
-    gap = shifted * rstd[None, :]
+    d = shifted - mean[None, :]
     if EXCLUDE:
-        gap = tl.where(valid, gap, 0.0)
+        d = tl.where(valid, d, 0.0)
     feature = parameter_number(head, i, inner, COLUMNS, VEC)
     if NORMALISED:
         asked = inside & (count > 0.0)
-        weights, top = mixture_over_peak(
-            gap, mean, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
+        weights, total, top = mixture_over_peak(
+            d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, 0, ACC
         )
         # Seen from the element of largest density, and from the weighted mean of g: q is 0 where all the weight may be.
         largest = domain & (weights == tl.max(weights, axis=0)[None, :])
-        scale, clamped = normaliser(mixture_at_peak(top, EPS), tl.sum(weights, axis=0), CLAMP)
+        scale, clamped = normaliser(mixture_at_peak(top, EPS), total, CLAMP)
         weights = finish_weights(weights, scale, valid, count, EXCLUDE)
         x_largest = tl.max(tl.where(largest, x, -FAR), axis=0)
         from_largest = tl.where(domain, x - x_largest[None, :], 0.0)
         g0 = tl.sum(weights * g_valid, axis=0)
-        q = (g_valid - g0[None, :]) * x_largest[None, :] + g_valid * from_largest
+        q = gradient_seen_from(g_valid, from_largest, x_largest, g0)
         q_mean = tl.sum(weights * q, axis=0)
         h = centred_gradient(q, q_mean, g_valid, x, scale, domain, count, clamped, CLAMP, EXCLUDE)
     else:
         top = rstd  # of no use there
         weights = gate_density(
-            gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians,
+            d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians,
             EPS, PER_FEATURE, ACC,
         )  # fmt: skip
         h = gate_gradient(g, g_valid, x, domain, MULTIPLY)
     slope, first, second = slopes(
-        gap, mean, rstd, h, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
+        d, rstd, h, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
         head, feature, inside, partial_number(block, o, i, inner, 0, tiles, num_chunks, PER_FEATURE, COLUMNS, VEC),
         num_gaussians, num_partials, EPS, NORMALISED, PER_FEATURE, ACC,
     )  # fmt: skip
@@ -205,13 +211,13 @@ def mixture_backward_resident(
     mean_slope = first / members
     left = tl.where(domain, slope - mean_slope[None, :], 0.0)
     mean_slope += tl.sum(left, axis=0) / members  # what rounding left
-    standard = gap - (mean * rstd)[None, :]
     through_var = through_variance_of(second, rstd, var, members, NORMALISED, PER_FEATURE)
     if not MULTIPLY:  # y is not made of x itself
         g = tl.zeros_like(g)
     dx = input_gradient(
-        g, weights, standard, through_var, slope - mean_slope[None, :], mean_slope, rstd, valid, PADDED, RESIDUAL
-    )
+        g, weights, d * rstd[None, :], through_var, slope - mean_slope[None, :], mean_slope, rstd, valid,
+        PADDED, RESIDUAL,
+    )  # fmt: skip
     at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)
 
@@ -224,7 +230,7 @@ def mixture_split_sums(
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     EPS: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g; writes what ``merge_mixture_sums`` needs of each run: 8 numbers, [8, chunks, slices]."""
     head, _block, start, n, o, i, inside = program_slices(
@@ -252,7 +258,7 @@ def mixture_split_sums(
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for tile in range(tiles):
         r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        within = (r < n)[:, None] & inside[None, :]
+        within = rows_within(r, n, inside, WHOLE)
         x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
         g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
         valid = within
@@ -260,9 +266,10 @@ def mixture_split_sums(
             valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
             g = tl.where(valid, g, 0.0)
         domain = valid if EXCLUDE else within
-        gap = (x - x0[None, :]) * rstd[None, :]
+        from_x0 = x - x0[None, :]
         if EXCLUDE:
-            gap = tl.where(valid, gap, 0.0)
+            from_x0 = tl.where(valid, from_x0, 0.0)
+        d = from_x0 - mean[None, :]
         # g0 is the run's first valid g. Until there is one g is 0, and the sums of q become those seen from g0.
         found = tl.where(seen == 0.0, first_valid(g_ptr, g_base, valid, r, g_stride_r, BLOCK_R, COLUMNS, VEC), g0)
         step = (g0 - found.to(ACC)) * x0
@@ -270,20 +277,20 @@ def mixture_split_sums(
         seen += tl.sum(valid.to(ACC), axis=0)
         count += tl.sum(domain.to(ACC), axis=0)
 
-        by_one = tl.zeros_like(gap)
-        by_e = tl.zeros_like(gap)
-        by_ee = tl.zeros_like(gap)
+        by_one = tl.zeros_like(d)
+        by_e = tl.zeros_like(d)
+        by_ee = tl.zeros_like(d)
         for k in range(num_gaussians):
-            part, e, inverse, _grows = gaussian_part(
-                gap, mean, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, number, inside, num_gaussians,
+            part, e, over_width, _grows = gaussian_part(
+                d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, number, inside, num_gaussians,
                 EPS, True, False, ACC,
             )  # fmt: skip
             part = tl.where(domain, part, 0.0)
             by_one += part
-            part *= e * inverse
+            part *= over_width
             by_e += part
             by_ee += part * e
-        q = relative_gradient(g, gap, x0, var * rstd, g0)
+        q = gradient_seen_from(g, from_x0, x0, g0)
         q0 += step * s0 + tl.sum(by_one * q, axis=0)
         q1 += step * s1 + tl.sum(by_e * q, axis=0)
         q2 += step * s2 + tl.sum(by_ee * q, axis=0)
@@ -350,7 +357,8 @@ def mixture_split_slopes(
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     EPS: tl.constexpr, PER_FEATURE: tl.constexpr, MULTIPLY: tl.constexpr, ACC: tl.constexpr,
-    COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g; writes the merged statistics, and the sums of the slopes and of the slopes times e of each run,
     [2, chunks, slices]: all that a density that is not normalised needs."""
@@ -374,7 +382,7 @@ def mixture_split_slopes(
     start_of_run = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for tile in range(tiles):
         r = start_of_run + tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        within = (r < n)[:, None] & inside[None, :]
+        within = rows_within(r, n, inside, WHOLE)
         x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
         g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
         valid = within
@@ -383,12 +391,13 @@ def mixture_split_slopes(
             valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
             g_valid = tl.where(valid, g, 0.0)
         domain = valid if EXCLUDE else within
-        gap = (x - x0[None, :]) * rstd[None, :]
+        from_x0 = x - x0[None, :]
         if EXCLUDE:
-            gap = tl.where(valid, gap, 0.0)
+            from_x0 = tl.where(valid, from_x0, 0.0)
+        d = from_x0 - mean[None, :]
         h = gate_gradient(g, g_valid, x, domain, MULTIPLY)
         _slope, first, second = slopes(
-            gap, mean, rstd, h, domain, rstd, mean_offsets_ptr, c_ptr, log_shares_ptr, None,
+            d, rstd, h, domain, rstd, mean_offsets_ptr, c_ptr, log_shares_ptr, None,
             head, feature, inside, number, num_gaussians, num_partials, EPS, False, PER_FEATURE, ACC,
         )  # fmt: skip
         sum_slopes += first
@@ -416,7 +425,7 @@ def mixture_split_gradient(
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     CLAMP: tl.constexpr, EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr,
     MULTIPLY: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g, writes dx, and three sums per Gaussian and tile."""
     head, block, start, n, o, i, inside = program_slices(
@@ -448,7 +457,7 @@ def mixture_split_gradient(
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for tile in range(tiles):
         r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        within = (r < n)[:, None] & inside[None, :]
+        within = rows_within(r, n, inside, WHOLE)
         x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
         g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
         valid = within
@@ -457,35 +466,34 @@ def mixture_split_gradient(
             valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
             g_valid = tl.where(valid, g, 0.0)
         domain = valid if EXCLUDE else within
-        gap = (x - x0[None, :]) * rstd[None, :]
+        from_x0 = x - x0[None, :]
         if EXCLUDE:
-            gap = tl.where(valid, gap, 0.0)
+            from_x0 = tl.where(valid, from_x0, 0.0)
+        d = from_x0 - mean[None, :]
         if NORMALISED:
-            q = relative_gradient(g_valid, gap, x0, var * rstd, g0)
+            densities = mixture_density(
+                d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, 0, ACC
+            )
+            weights = finish_weights(densities, scale, valid, count, EXCLUDE)
+            q = gradient_seen_from(g_valid, from_x0, x0, g0)
             h = centred_gradient(q, q_mean, g_valid, x, scale, domain, count, clamped, CLAMP, EXCLUDE)
         else:
+            weights = gate_density(
+                d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians,
+                EPS, PER_FEATURE, ACC,
+            )  # fmt: skip
             h = gate_gradient(g, g_valid, x, domain, MULTIPLY)
         partial = partial_number(block, o, i, inner, tile, tiles, num_chunks, PER_FEATURE, COLUMNS, VEC)
         slope, _first, _second = slopes(
-            gap, mean, rstd, h, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
+            d, rstd, h, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
             head, feature, inside, partial, num_gaussians, num_partials, EPS, NORMALISED, PER_FEATURE, ACC,
         )  # fmt: skip
-        if NORMALISED:
-            densities = mixture_density(
-                gap, mean, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC
-            )
-            weights = finish_weights(densities, scale, valid, count, EXCLUDE)
-        else:
-            weights = gate_density(
-                gap, mean, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians,
-                EPS, PER_FEATURE, ACC,
-            )  # fmt: skip
         if not MULTIPLY:  # y is not made of x itself
             g = tl.zeros_like(g)
-        standard = gap - (mean * rstd)[None, :]
         dx = input_gradient(
-            g, weights, standard, through_var, slope - mean_slope[None, :], mean_slope, rstd, valid, PADDED, RESIDUAL
-        )
+            g, weights, d * rstd[None, :], through_var, slope - mean_slope[None, :], mean_slope, rstd, valid,
+            PADDED, RESIDUAL,
+        )  # fmt: skip
         at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)
 

@@ -20,6 +20,7 @@ import types
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
+import instructions
 import torch
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -150,7 +151,12 @@ POOLS = {
     "pool, odd rows": PoolCase((4, 200, 333), hops=3, aligned=False),
     "pool, all options": PoolCase((4, 200, 512), hidden=16, options=True),
 }
-CASES = {**CORE, **MORE, **BLOCKS, **ADDITIVE_CORE, **ADDITIVE_MORE, **POOLS}
+# A mixture in whole tiles, its Gaussians in no loop, so that instructions can be counted: compiled for one type each.
+STRAIGHT = {
+    "mixture of 4 Gaussians": Case((256, 8192), 1, 1, density="mixture"),
+    "mixture of 8 Gaussians": Case((256, 8192), 1, 1, density="mixture", gaussians=8),
+}
+CASES = {**CORE, **MORE, **BLOCKS, **STRAIGHT, **ADDITIVE_CORE, **ADDITIVE_MORE, **POOLS}
 CORE_JOBS = [(name, "bf16", target) for name in CORE for target in TARGETS]
 CORE_JOBS += [(name, "fp32", target) for name in CORE for target in TARGETS]
 CORE_JOBS += [(name, dtype, "sm_90") for name in CORE for dtype in ("fp64", "fp16")]
@@ -161,6 +167,8 @@ CORE_JOBS += [("pool", "bf16", target) for target in TARGETS]
 CORE_JOBS += [("pool", "fp64", "sm_90"), ("pool", "fp32", "gfx942"), ("pool, hops", "fp32", "sm_80")]
 JOBS = CORE_JOBS + [(name, dtype, "sm_90") for name in (*MORE, *BLOCKS) for dtype in ("fp32", "bf16")]
 JOBS += [("block in columns", "bf16", target) for target in TARGETS if target != "sm_90"]
+JOBS += [("mixture of 4 Gaussians", "bf16", target) for target in TARGETS]
+JOBS += [("mixture of 8 Gaussians", "fp32", target) for target in ("sm_90", "sm_100")]
 JOBS += [(name, "bf16", "sm_90") for name in ADDITIVE_MORE]
 JOBS += [("additive, all options", "fp32", "sm_90")]
 JOBS += [(name, "bf16", "sm_90") for name in POOLS if name != "pool"]
@@ -232,7 +240,9 @@ class RecordingDriver:
 
     def launcher_cls(self, src, metadata):
         def launch(gx, gy, gz, stream, function, packed, launch_metadata, enter, leave, *args):
-            self.launches.append(types.SimpleNamespace(name=metadata.name, hash=metadata.hash, src=src))
+            self.launches.append(
+                types.SimpleNamespace(name=metadata.name, hash=metadata.hash, grid=(gx, gy, gz), src=src)
+            )
 
         return launch
 
@@ -294,7 +304,10 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
         last = log_shares, cu_seqlens
         density_forward.density_forward(x, *parameters, mask, chosen, torch.empty_like(x), weights, stats, *last)
         density_backward.density_backward(torch.empty_like(x), x, *parameters, mask, stats, chosen, *last)
-    return _statistics_of(driver.launches, jitted, target)
+    kernels = _statistics_of(driver.launches, jitted, target)
+    if name in STRAIGHT and target == "sm_90":
+        kernels[0].update(_count_instructions(driver.launches[0], jitted))
+    return kernels
 
 
 def compile_additive(case: AdditiveCase, dtype: torch.dtype, target: str) -> list[dict]:
@@ -362,6 +375,14 @@ def _statistics_of(launches, jitted, target: str) -> list[dict]:
     return [dict(name=launch.name, **statistics(compiled[launch.hash], target)) for launch in launches]
 
 
+def _count_instructions(launch, jitted) -> dict:
+    """What a thread of a launched kernel takes, and the threads of the launch."""
+    caches = (kernel for f in jitted for cache in f.device_caches.values() for kernel in cache[0].values())
+    kernel = next(kernel for kernel in caches if kernel.metadata.hash == launch.hash)
+    threads = math.prod(launch.grid) * 32 * kernel.metadata.num_warps
+    return dict(threads=threads, shortest=instructions.count(_read_binary(kernel, "nvdisasm", "-c")))
+
+
 def statistics(kernel, target: str) -> dict:
     """Registers, bytes of spills and widest accesses of the machine code.
 
@@ -376,7 +397,7 @@ def statistics(kernel, target: str) -> dict:
             wide_loads=len(re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", code)),
             wide_stores=len(re.findall(r"(?:global|buffer)_store_(?:dwordx4|b128)", code)),
         )
-    usage, code = _resource_usage(kernel), kernel.asm["ptx"]
+    usage, code = _read_binary(kernel, "cuobjdump", "--dump-resource-usage"), kernel.asm["ptx"]
     vector = r"\.v(?:4\.[bfus]32|2\.[bfus]64)"
     return dict(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
@@ -386,15 +407,14 @@ def statistics(kernel, target: str) -> dict:
     )
 
 
-def _resource_usage(kernel) -> str:
+def _read_binary(kernel, tool: str, *arguments: str) -> str:
     import triton
 
-    cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    binaries = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])
-        command = [cuobjdump, "--dump-resource-usage", path]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run([binaries / tool, *arguments, path], capture_output=True, text=True, check=True).stdout
 
 
 def _quiet_exit_of_workers() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -13,6 +14,7 @@ pytest.importorskip("triton")
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
 import aot  # noqa: E402
+import instructions  # noqa: E402
 
 sys.path.remove(str(HERE))
 
@@ -59,6 +61,47 @@ def test_kernels_compile_without_faults(compiled, name, dtype, target):
     if name in aot.BLOCKS:
         ways = [["block_forward_resident", "block_backward_resident", "block_parameter_gradients"]] * 2
     assert launched in (ways[-1:] if must_be_split else ways[:2])
+
+
+def forward_per_element(compiled, name, dtype):
+    """What each element takes of a forward pass in one kernel on sm_90, and the size of one in bytes."""
+    kernel = compiled[name, dtype, "sm_90"][0]
+    elements = math.prod(aot.CASES[name].shape) / kernel["threads"]
+    return {kind: number / elements for kind, number in kernel["shortest"].items()}, aot.DTYPES[dtype].itemsize
+
+
+def test_a_mixture_of_eight_in_float32_computes_no_longer_than_it_reads_and_writes(compiled):
+    taken, size = forward_per_element(compiled, "mixture of 8 Gaussians", "fp32")
+    assert 7 <= taken["exponentials"] < 7.2  # all are on the path, of which one is a polynomial
+    for kind, most in instructions.affordable(size).items():
+        assert taken[kind] <= most, (kind, taken)
+
+
+def test_a_mixture_of_four_in_half_types_is_bound_by_its_exponentials_alone(compiled):
+    """They take 8% longer than the bytes."""
+    taken, size = forward_per_element(compiled, "mixture of 4 Gaussians", "bf16")
+    assert 4 <= taken["exponentials"] < 4.1
+    affordable = instructions.affordable(size)
+    assert taken["instructions"] <= affordable["instructions"], taken
+    assert taken["special"] <= 1.08 * affordable["special"], taken
+
+
+def test_instructions_are_counted_on_the_shortest_path():
+    listing = """
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/              @!P0 BRA `(.L_x_1) ;
+        .L_x_0:
+        /*0020*/                   MUFU.EX2 R1, R1 ;
+        /*0030*/               @P1 BRA `(.L_x_0) ;
+        .L_x_1:
+        /*0040*/                   MUFU.RCP R2, R2 ;
+        /*0050*/               @P2 EXIT ;
+        /*0060*/                   EXIT ;
+    """
+    assert instructions.count(listing) == dict(instructions=5, special=1, exponentials=0)
+    assert instructions.shortest_path(listing.replace("@!P0 BRA", "     BRA"))[1:3] == ["BRA", "MUFU.RCP"]
+    with pytest.raises(ValueError, match="no way"):
+        instructions.shortest_path(listing.replace("EXIT ;\n    ", "BRA `(.L_x_1) ;\n    "))
 
 
 def test_a_fault_is_seen():

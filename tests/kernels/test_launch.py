@@ -11,7 +11,7 @@ from daam_kernels.kernels import launch
 from daam_kernels.kernels.launch import density_launch, density_tile, fits_block
 from daam_kernels.slices import packed_view, slice_view
 
-FLAGS = {"PADDED": False, "MIXTURE": False, "PER_FEATURE": False}
+FLAGS = {"PADDED": False, "MIXTURE": False, "NORMALISED": True, "PER_FEATURE": False}
 
 
 def view_of(outer, length, inner):
@@ -42,6 +42,11 @@ def test_tiles_cover_every_slice_and_fit(outer, heads, extra, inner, itemsize, b
         assert tile.num_chunks <= 65535  # of a grid's second axis
     else:
         assert longest <= tile.block_r < 2 * longest and tile.tiles == 1
+    rows, slices = tile.block_r * tile.tiles * max(1, tile.num_chunks), tile.num_blocks * tile.block_s
+    if tile.whole:  # what the programs take is what there is, to the element
+        assert rows * heads * slices == length * outer * inner
+    else:
+        assert rows * heads * slices > length * outer * inner or extra % heads
     if tile.columns:
         assert tile.num_blocks % outer == 0
         assert tile.num_blocks // outer * tile.block_s >= inner > (tile.num_blocks // outer - 1) * tile.block_s
@@ -209,3 +214,40 @@ def test_every_tile_of_a_mixture_has_partial_sums_of_its_own(shape):
     assert one.values["num_partials"] == tile.num_blocks
     assert many.values["num_partials"] == tile.num_blocks * max(1, tile.num_chunks) * tile.tiles
     assert many.values["BLOCK_P"] >= min(launch._REDUCTION, many.values["num_partials"])
+
+
+@pytest.mark.parametrize("shape, heads, whole", [
+    ((64, 2048, 1), 8, True), ((64, 2048, 512), 8, True), ((1, 1 << 20, 1), 1, True), ((63, 2048, 1), 8, False),
+    ((64, 2000, 1), 8, False), ((64, 2049, 1), 8, False), ((64, 2048, 500), 8, False), ((1, 1000000, 1), 1, False),
+])  # fmt: skip
+def test_where_every_tile_is_whole(shape, heads, whole):
+    assert density_tile(view_of(*shape), heads, 4, False).whole == whole
+
+
+def test_a_packed_tile_is_never_whole():
+    assert not density_tile(packed_view(4, 2048, 512, (512, 1), (512, 1)), 8, 4, False).whole
+
+
+def test_a_thread_has_more_elements_where_exponentials_take_the_time():
+    def elements_and_registers(itemsize, num_mixed, shape=(64, 8192, 1), backward=False, padded=False):
+        tile = density_tile(view_of(*shape), 1, itemsize, backward, padded, 1, num_mixed)
+        return tile.block_r * tile.block_s // (32 * tile.num_warps), tile.registers
+
+    assert elements_and_registers(2, 4) == (64, 255) and elements_and_registers(4, 4) == (32, 128)
+    assert elements_and_registers(2, 8) == (32, 128) and elements_and_registers(4, 8) == (32, 128)
+    assert elements_and_registers(2, 4, shape=(64, 8000, 1)) == (16, 128)
+    assert elements_and_registers(2, 4, padded=True) == (16, 128)
+    for plain in ({"num_mixed": 0}, {"num_mixed": 4, "backward": True}):
+        assert elements_and_registers(2, **plain) == (16, 128)
+
+
+@pytest.mark.parametrize("itemsize, most", [(2, 4), (4, 8)])
+def test_few_gaussians_of_a_mixture_are_known_to_the_compiler(itemsize, most):
+    def unrolled(shape, num_gaussians, **flags):
+        flags = {**FLAGS, "MIXTURE": True, **flags}
+        return density_launch(view_of(*shape), ("y", "x"), 1, num_gaussians, itemsize, flags).values["UNROLLED"]
+
+    assert [unrolled((64, 8192, 1), k) for k in (1, most, most + 1)] == [1, most, 0]
+    assert unrolled((64, 256, 1), 4) == 0  # of 8 slices in a tile
+    assert unrolled((64, 2048, 64), 2) == 0
+    assert unrolled((64, 8192, 1), 2, MIXTURE=False) == unrolled((64, 8192, 1), 2, NORMALISED=False) == 0

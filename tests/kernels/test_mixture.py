@@ -9,6 +9,8 @@ from support import DTYPES, assert_close, assert_same_bits, device_of
 if not daam_kernels.available_backends()["triton"]:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+from daam_kernels.kernels import density_forward  # noqa: E402
+
 DEVICE = device_of("triton")
 FORWARD = ["split_statistics", "split_normaliser", "split_output"]
 BACKWARD = ["split_statistics", "split_normaliser", "mixture_split_sums", "mixture_split_gradient"]
@@ -66,6 +68,27 @@ def test_resident_slices_take_one_launch_forward_and_two_backward(launched, shap
     x, grad, parameters = inputs(shape, 2, torch.float32, gaussian_count=5)
     check(x, grad, parameters, norm_axis=axis, eps=eps, residual=True)
     assert launched == ["forward_resident", "mixture_backward_resident", "mixture_parameter_gradients"]
+
+
+@pytest.mark.parametrize("mean, deviation", [(0, 1), (1e3, 1), (1e4, 0.1)])
+@pytest.mark.parametrize(
+    "dtype, gaussian_count", [(torch.float64, 8), (torch.float32, 8), (torch.bfloat16, 4)], ids=str
+)
+def test_whole_tiles_with_the_gaussians_known_to_the_compiler(monkeypatch, dtype, gaussian_count, mean, deviation):
+    """The kernel has neither masks nor a loop, and in float32 one exponential less than Gaussians. The last of the
+    contract's rows would be constant in half types."""
+    launches = []
+
+    def run(kernel, launch, *args, original=density_forward.run):
+        launches.append(launch.values)
+        original(kernel, launch, *args)
+
+    monkeypatch.setattr(density_forward, "run", run)
+    deviation = 1e3 if dtype == torch.bfloat16 and mean == 1e4 else deviation
+    x, grad, parameters = inputs((1, 512), 2, dtype, gaussian_count=gaussian_count, mean=mean, deviation=deviation)
+    for g in (grad, torch.ones_like(grad)):
+        check(x, g, parameters, norm_axis=1)
+    assert [(values["WHOLE"], values["UNROLLED"]) for values in launches] == [(True, gaussian_count)] * 2
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (2, 331)], ids=["resident", "split"])
