@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .checks import FLOATING_TYPES, check_choice, check_dropout, shape_of
 from .backends import BACKENDS
-from .functional import _DTYPES, _check_choice, _shape
 from .ops import additive_attention as operator
 from .options import AdditiveOptions
 
@@ -75,8 +75,8 @@ def additive_attention(
         _check_key_padding_mask(key_padding_mask, query, size)
         if key_padding_mask.dtype != torch.bool:
             attn_mask, key_padding_mask = _added(attn_mask, key_padding_mask[:, None, None, :]), None
-    dropout_p = _check_dropout("dropout_p", dropout_p)
-    _check_choice("backend", backend, ("auto", *BACKENDS))
+    dropout_p = check_dropout("dropout_p", dropout_p)
+    check_choice("backend", backend, ("auto", *BACKENDS))
     options = AdditiveOptions(bool(is_causal), dropout_p, _check_scale(scale), bool(fast_tanh), bool(need_weights))
     seed = torch.randint(1 << 62, (1,), device=query.device) if dropout_p else None
     output, weights = operator.apply(query, key, value, weight, attn_mask, key_padding_mask, seed, options, backend)
@@ -90,7 +90,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) ->
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
         if t.is_nested:
             raise TypeError(f"{name} must be one dense tensor, got a nested one: pad it, with a key_padding_mask")
-    if query.dtype not in _DTYPES:
+    if query.dtype not in FLOATING_TYPES:
         raise TypeError(f"query must be float64, float32, bfloat16 or float16, got {query.dtype}")
     for name, t in (("key", key), ("value", value)):
         if t.dtype != query.dtype:
@@ -102,24 +102,24 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) ->
             raise ValueError(f"{name} must be on query's device, {query.device}, got {t.device}")
     if query.dim() != 4 or query.shape[1] == 0 or query.shape[3] == 0:
         raise ValueError(
-            f"query must have shape [batch, heads, Tq, hidden], heads and hidden at least 1, got {_shape(query)}"
+            f"query must have shape [batch, heads, Tq, hidden], heads and hidden at least 1, got {shape_of(query)}"
         )
     batch, heads, _, hidden = query.shape
     if key.dim() != 4 or (*key.shape[:2], key.shape[3]) != (batch, heads, hidden):
         raise ValueError(
             f"key must have shape [batch={batch}, heads={heads}, Tk, hidden={hidden}], as query's of shape "
-            f"{_shape(query)}, got {_shape(key)}"
+            f"{shape_of(query)}, got {shape_of(key)}"
         )
     keys = key.shape[2]
     if keys == 0:
-        raise ValueError(f"key must have at least 1 key, got an empty set of keys, shape {_shape(key)}")
+        raise ValueError(f"key must have at least 1 key, got an empty set of keys, shape {shape_of(key)}")
     if value.dim() != 4 or value.shape[:3] != key.shape[:3] or value.shape[3] == 0:
         raise ValueError(
             f"value must have shape [batch={batch}, heads={heads}, Tk={keys}, value_dim], value_dim at least 1, "
-            f"got {_shape(value)}"
+            f"got {shape_of(value)}"
         )
     if weight.shape != (heads, hidden):
-        raise ValueError(f"weight must have shape [heads={heads}, hidden={hidden}], got {_shape(weight)}")
+        raise ValueError(f"weight must have shape [heads={heads}, hidden={hidden}], got {shape_of(weight)}")
 
 
 def _check_attn_mask(mask: Tensor, query: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -129,7 +129,7 @@ def _check_attn_mask(mask: Tensor, query: Tensor, size: tuple[int, ...]) -> Tens
     if not fits:
         raise ValueError(
             f"attn_mask must broadcast to [batch={size[0]}, heads={size[1]}, Tq={size[2]}, Tk={size[3]}], "
-            f"got {_shape(mask)}"
+            f"got {shape_of(mask)}"
         )
     return mask[(None,) * (4 - mask.dim())]
 
@@ -137,7 +137,7 @@ def _check_attn_mask(mask: Tensor, query: Tensor, size: tuple[int, ...]) -> Tens
 def _check_key_padding_mask(mask: Tensor, query: Tensor, size: tuple[int, ...]) -> None:
     _check_mask_type("key_padding_mask", mask, query)
     if mask.shape != (size[0], size[3]):
-        raise ValueError(f"key_padding_mask must have shape [batch={size[0]}, Tk={size[3]}], got {_shape(mask)}")
+        raise ValueError(f"key_padding_mask must have shape [batch={size[0]}, Tk={size[3]}], got {shape_of(mask)}")
 
 
 def _check_mask_type(name: str, mask: Tensor, query: Tensor) -> None:
@@ -157,14 +157,6 @@ def _added(attn_mask: Tensor | None, key_mask: Tensor) -> Tensor:
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=key_mask.dtype).masked_fill(attn_mask, -torch.inf)
     return attn_mask + key_mask
-
-
-def _check_dropout(name: str, p: float) -> float:
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(p).__name__}")
-    if not 0 <= p < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {p}")
-    return float(p)
 
 
 def _check_scale(scale: float | None) -> float:

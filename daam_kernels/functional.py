@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .checks import FLOATING_TYPES, check_choice, shape_of
 from .backends import BACKENDS
 from .ops import density_block as block
 from .ops import eager
@@ -15,7 +16,6 @@ from .ops.density_attention import apply
 from .options import DensityOptions
 from .reference.gate import gate_widths
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DEFAULT_EPS = {"gaussian": 1e-5}
 _DENSITIES = ("product", "mixture", "gate", "gaussian")
 
@@ -148,7 +148,7 @@ def density_weights(
     For modules that weigh another tensor than x with them. Arguments and errors are those of
     :func:`density_attention`; at padding the weights are what the formula gives, or 0 where it is excluded.
     """
-    _check_choice("density", density, ("gate", "gaussian"))
+    check_choice("density", density, ("gate", "gaussian"))
     options = _check_options(x, norm_axis, None, padding_stats, "clamp", eps, False, density, multiply=False)
     return _attend(x, mean_offsets, c, None, False, mask, None, options, False, backend, None)
 
@@ -167,7 +167,7 @@ def _attend(x, mean_offsets, c, weights, weights_softmax, mask, cu_seqlens, opti
         _check_cu_seqlens(cu_seqlens, x, options.norm_axis)
     if mask is not None:
         _check_mask(mask, x)
-    _check_choice("backend", backend, ("auto", *BACKENDS))
+    check_choice("backend", backend, ("auto", *BACKENDS))
     log_shares = None if weights is None else _log_shares(weights, weights_softmax)
     if options.density == "gate":
         c, log_shares = gate_widths(c.to(torch.promote_types(torch.promote_types(c.dtype, x.dtype), torch.float32)))
@@ -241,7 +241,7 @@ def density_block(
         _check_heads(x.shape[options.norm_axis], len(c[0]), options.norm_axis)
     if mask is not None:
         _check_mask(mask, x)
-    _check_choice("backend", backend, ("auto", *BACKENDS))
+    check_choice("backend", backend, ("auto", *BACKENDS))
     return block.apply(x, mean_offsets, c, mask, options, backend)
 
 
@@ -264,11 +264,11 @@ def _check_options(
     return DensityOptions(
         _check_axis(norm_axis, x),
         _check_padding_value(padding_value),
-        _check_choice("padding_stats", padding_stats, ("zero", "exclude")),
-        _check_choice("normalize", normalize, ("clamp", "softmax")),
+        check_choice("padding_stats", padding_stats, ("zero", "exclude")),
+        check_choice("normalize", normalize, ("clamp", "softmax")),
         _check_eps(_DEFAULT_EPS.get(density, 1e-8) if eps is None else eps, x),
         bool(residual),
-        _check_choice("density", density, _DENSITIES),
+        check_choice("density", density, _DENSITIES),
         **others,
     )
 
@@ -285,7 +285,7 @@ def _log_shares(weights: Tensor, softmax: bool) -> Tensor:
 def _check_axis(norm_axis: int, x: Tensor) -> int:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in FLOATING_TYPES:
         raise TypeError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if isinstance(norm_axis, bool) or not isinstance(norm_axis, (int, torch.SymInt)):
         raise TypeError(f"norm_axis must be an int, got {type(norm_axis).__name__}")
@@ -293,7 +293,7 @@ def _check_axis(norm_axis: int, x: Tensor) -> int:
     if dims == 0:
         raise ValueError("x must have at least 1 dimension, got a scalar tensor")
     if not -dims <= norm_axis < dims:
-        raise ValueError(f"norm_axis must be in [{-dims}, {dims - 1}] for x of shape {_shape(x)}, got {norm_axis}")
+        raise ValueError(f"norm_axis must be in [{-dims}, {dims - 1}] for x of shape {shape_of(x)}, got {norm_axis}")
     return norm_axis % dims
 
 
@@ -306,11 +306,13 @@ def _check_gaussians(x: Tensor, features: int | None = None, **parameters: Tenso
         if not parameter.dtype.is_floating_point:
             raise TypeError(f"{name} must be of a floating-point type, got {parameter.dtype}")
         if parameter.dim() != 2 or 0 in parameter.shape:
-            raise ValueError(f"{name} must have shape [num_heads, {columns}], both at least 1, got {_shape(parameter)}")
+            raise ValueError(
+                f"{name} must have shape [num_heads, {columns}], both at least 1, got {shape_of(parameter)}"
+            )
         if features is not None and parameter.shape[1] != features:
             raise ValueError(
                 f"{name} must have shape [num_heads, {columns}], as x's axes behind norm_axis have that many elements, "
-                f"got {_shape(parameter)}"
+                f"got {shape_of(parameter)}"
             )
         if parameter.device != x.device:
             raise ValueError(f"{name} must be on x's device, {x.device}, got {parameter.device}")
@@ -318,7 +320,7 @@ def _check_gaussians(x: Tensor, features: int | None = None, **parameters: Tenso
     if first.shape != second.shape:
         raise ValueError(
             f"{' and '.join(parameters)} must have the same shape [num_heads, {columns}], "
-            f"got {_shape(first)} and {_shape(second)}"
+            f"got {shape_of(first)} and {shape_of(second)}"
         )
 
 
@@ -365,13 +367,13 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, axis: int) -> None:
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens must have shape [num_sequences + 1], got {_shape(cu_seqlens)}")
+        raise ValueError(f"cu_seqlens must have shape [num_sequences + 1], got {shape_of(cu_seqlens)}")
     if cu_seqlens.device != x.device:
         raise ValueError(f"cu_seqlens must be on x's device, {x.device}, got {cu_seqlens.device}")
     if axis != 0:
         raise ValueError(
             f"norm_axis must be 0, the packed axis of x, where cu_seqlens is given, got axis {axis} of x of shape "
-            f"{_shape(x)}: pass norm_axis=0"
+            f"{shape_of(x)}: pass norm_axis=0"
         )
 
 
@@ -396,7 +398,7 @@ def _check_mask(mask: Tensor, x: Tensor) -> None:
         raise ValueError(f"mask must be on x's device, {x.device}, got {mask.device}")
     fits = mask.dim() <= x.dim() and all(m == 1 or m == n for m, n in zip(mask.shape[::-1], x.shape[::-1]))
     if not fits:
-        raise ValueError(f"mask must broadcast to x's shape {_shape(x)}, got {_shape(mask)}")
+        raise ValueError(f"mask must broadcast to x's shape {shape_of(x)}, got {shape_of(mask)}")
 
 
 def _check_padding_value(padding_value: float | None) -> float | None:
@@ -415,13 +417,3 @@ def _check_eps(eps: float, x: Tensor) -> float:
     if x.dtype != torch.float64 and eps <= 2.0**-150:  # float32's smallest number is 2^-149, ties round to even
         raise ValueError(f"eps must not round to 0 in the arithmetic of x's type, {x.dtype}, got {eps}")
     return float(eps)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    return value
-
-
-def _shape(t: Tensor) -> list[int]:
-    return list(t.shape)

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checks import check_choice, check_count
 from .explain.files import complete
-from .functional import _check_choice
-from .modules.daam import _check_count
 from .modules.pooling import AttentionPool
 
 if TYPE_CHECKING:
@@ -69,9 +68,9 @@ class AttentionMechanism(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_count("input_dim", input_dim, 1)
-        _check_count("attention_units", attention_units, 1)
-        _check_choice("score", score, ("additive", "gated", "dot"))
+        check_count("input_dim", input_dim, 1)
+        check_count("attention_units", attention_units, 1)
+        check_choice("score", score, ("additive", "gated", "dot"))
         self.input_dim, self.attention_units, self.seed = input_dim, attention_units, _check_seed(seed)
         if hidden_dim is None and score != "dot":
             hidden_dim = max(16, input_dim)
@@ -146,9 +145,9 @@ class AttentionMechanism(nn.Module):
             TypeError, ValueError: an argument does not fit; the message names it, what it got and what it takes.
             ImportError: ``progress`` needs tqdm, which is not installed.
         """
-        _check_choice("task", task, _TASKS)
-        _check_count("epochs", epochs, 1)
-        _check_count("batch_size", batch_size, 1)
+        check_choice("task", task, _TASKS)
+        check_count("epochs", epochs, 1)
+        check_count("batch_size", batch_size, 1)
         for name, value, least in (("learning_rate", learning_rate, 0), ("penalty", penalty, 0)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least {least}, got {value!r}")

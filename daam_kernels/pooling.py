@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .functional import _DTYPES, _check_choice, _check_max_seqlen, _shape
+from .checks import FLOATING_TYPES, check_choice, check_dropout, shape_of
+from .functional import _check_max_seqlen
 from .ops.attention_pool import Pooling, apply
 
 _BACKENDS = ("auto", "triton", "reference")
@@ -111,8 +112,8 @@ def pool(
         _check_lengths(lengths, x)
         lengths = lengths.contiguous()
     scale = _check_scale(scale, x, key_weight)
-    dropout_p = _check_dropout("dropout_p", dropout_p)
-    _check_choice("backend", backend, _BACKENDS)
+    dropout_p = check_dropout("dropout_p", dropout_p)
+    check_choice("backend", backend, _BACKENDS)
 
     valid = None if key_padding_mask is None else ~key_padding_mask
     pooling = Pooling(x, *scorer, valid, lengths, cu_seqlens, None, scale, dropout_p, max_seqlen)
@@ -148,11 +149,11 @@ def _unnested(x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> t
 def _check_x(x: Tensor, cu_seqlens: Tensor | None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in FLOATING_TYPES:
         raise TypeError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.dim() != (3 if cu_seqlens is None else 2) or x.shape[-1] == 0:
         taken = "[bags, rows, embed_dim]" if cu_seqlens is None else "[total, embed_dim] where cu_seqlens is given"
-        raise ValueError(f"x must have shape {taken}, embed_dim at least 1, got {_shape(x)}")
+        raise ValueError(f"x must have shape {taken}, embed_dim at least 1, got {shape_of(x)}")
 
 
 def _checked_scorer(x: Tensor, query: Tensor, *others: Tensor | None) -> list[Tensor | None]:
@@ -164,25 +165,27 @@ def _checked_scorer(x: Tensor, query: Tensor, *others: Tensor | None) -> list[Te
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if t.dtype not in _DTYPES:
+        if t.dtype not in FLOATING_TYPES:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
         if t.device != x.device:
             raise ValueError(f"{name} must be on x's device, {x.device}, got {t.device}")
     for name, weight in (("key_bias", "key_weight"), ("gate_weight", "key_weight"), ("gate_bias", "gate_weight")):
         if named[name] is not None and named[weight] is None:
-            raise ValueError(f"{name} must be None without {weight}, got shape {_shape(named[name])}")
+            raise ValueError(f"{name} must be None without {weight}, got shape {shape_of(named[name])}")
     features, what = x.shape[-1], "embed_dim"
     if named["key_weight"] is not None:
         weight = named["key_weight"]
         if weight.dim() != 2 or weight.shape[1] != features or weight.shape[0] == 0:
-            raise ValueError(f"key_weight must have shape [hidden, embed_dim={features}], got {_shape(weight)}")
+            raise ValueError(f"key_weight must have shape [hidden, embed_dim={features}], got {shape_of(weight)}")
         shapes = {"key_bias": weight.shape[:1], "gate_weight": weight.shape, "gate_bias": weight.shape[:1]}
         for name, shape in shapes.items():
             if named[name] is not None and named[name].shape != shape:
-                raise ValueError(f"{name} must have shape {list(shape)}, like key_weight's, got {_shape(named[name])}")
+                raise ValueError(
+                    f"{name} must have shape {list(shape)}, like key_weight's, got {shape_of(named[name])}"
+                )
         features, what = weight.shape[0], "hidden"
     if query.dim() not in (1, 2) or query.shape[-1] != features or query.shape[0] == 0:
-        raise ValueError(f"query must have shape [hops, {what}={features}] or [{features}], got {_shape(query)}")
+        raise ValueError(f"query must have shape [hops, {what}={features}] or [{features}], got {shape_of(query)}")
     return [query if query.dim() == 2 else query.unsqueeze(0), *others]
 
 
@@ -190,7 +193,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, lengths: Tensor | None) -> 
     """All but its numbers, which are checked where they are there."""
     _check_counts("cu_seqlens", cu_seqlens, x)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens must have shape [bags + 1], got {_shape(cu_seqlens)}")
+        raise ValueError(f"cu_seqlens must have shape [bags + 1], got {shape_of(cu_seqlens)}")
     if lengths is not None:
         raise ValueError("lengths must be None where cu_seqlens is given, which says as much")
 
@@ -198,7 +201,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, lengths: Tensor | None) -> 
 def _check_lengths(lengths: Tensor, x: Tensor) -> None:
     _check_counts("lengths", lengths, x)
     if lengths.shape != x.shape[:1]:
-        raise ValueError(f"lengths must have shape [bags={x.shape[0]}], got {_shape(lengths)}")
+        raise ValueError(f"lengths must have shape [bags={x.shape[0]}], got {shape_of(lengths)}")
 
 
 def _check_counts(name: str, counts: Tensor, x: Tensor) -> None:
@@ -218,7 +221,7 @@ def _check_mask(mask: Tensor, x: Tensor) -> None:
     if mask.device != x.device:
         raise ValueError(f"key_padding_mask must be on x's device, {x.device}, got {mask.device}")
     if mask.shape != x.shape[:-1]:
-        raise ValueError(f"key_padding_mask must have shape {list(x.shape[:-1])}, got {_shape(mask)}")
+        raise ValueError(f"key_padding_mask must have shape {list(x.shape[:-1])}, got {shape_of(mask)}")
 
 
 def _check_scale(scale: float | None, x: Tensor, key_weight: Tensor | None) -> float:
@@ -229,11 +232,3 @@ def _check_scale(scale: float | None, x: Tensor, key_weight: Tensor | None) -> f
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)
-
-
-def _check_dropout(name: str, p: float) -> float:
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(p).__name__}")
-    if not 0 <= p < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {p}")
-    return float(p)

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..additive import _check_dropout, additive_attention
+from ..checks import check_choice, check_count, check_dropout, shape_of
+from ..additive import additive_attention
 from ..backends import BACKENDS
-from ..functional import _check_choice, _shape
-from .daam import _check_count
 
 
 class ProjectedKeys(NamedTuple):
@@ -94,18 +93,18 @@ class AdditiveAttention(nn.Module):
         hidden_dim = input_dim if hidden_dim is None else hidden_dim
         kdim = input_dim if kdim is None else kdim
         for name, count in (("input_dim", input_dim), ("hidden_dim", hidden_dim), ("num_heads", num_heads)):
-            _check_count(name, count, 1)
-        _check_count("kdim", kdim, 1)
+            check_count(name, count, 1)
+        check_count("kdim", kdim, 1)
         if vdim is not None:
-            _check_count("vdim", vdim, 1)
+            check_count("vdim", vdim, 1)
         for name, size in (("hidden_dim", hidden_dim), ("input_dim", input_dim)):
             if size % num_heads:
                 raise ValueError(f"{name} must be a multiple of num_heads={num_heads}, got {size}")
         self.input_dim, self.hidden_dim, self.num_heads = input_dim, hidden_dim, num_heads
         self.kdim, self.vdim = kdim, vdim
-        self.dropout = _check_dropout("dropout", dropout)
+        self.dropout = check_dropout("dropout", dropout)
         self.fast_tanh = bool(fast_tanh)
-        self.backend = _check_choice("backend", backend, ("auto", *BACKENDS))
+        self.backend = check_choice("backend", backend, ("auto", *BACKENDS))
         options = dict(device=device, dtype=dtype)
         self.query_proj = nn.Linear(input_dim, hidden_dim, bias=bias, **options)
         self.key_proj = nn.Linear(kdim, hidden_dim, bias=False, **options)
@@ -209,10 +208,10 @@ class AdditiveAttention(nn.Module):
             value = key
         vdim = self.vdim if self.value_proj is None else self.value_proj.in_features
         if isinstance(value, Tensor) and value.dim() != key.dim():
-            raise ValueError(f"value must have key's {key.dim()} dimensions, got shape {_shape(value)}")
+            raise ValueError(f"value must have key's {key.dim()} dimensions, got shape {shape_of(value)}")
         _check_input("value", value, vdim, "vdim")
         if value.shape[:-1] != key.shape[:-1]:
-            raise ValueError(f"value must have one row for each key, {_shape(key)[:-1]}, got shape {_shape(value)}")
+            raise ValueError(f"value must have one row for each key, {shape_of(key)[:-1]}, got shape {shape_of(value)}")
         if not is_batched:
             key, value = key.unsqueeze(0), value.unsqueeze(0)
         key = self._heads(self.key_proj(key))
@@ -250,7 +249,7 @@ class AdditiveAttention(nn.Module):
         scale = torch.as_tensor(weights[0]) if weights else torch.ones(dim)
         if scale.dim() != 1 or dim not in (None, len(scale)):
             expected = "[dim]" if dim is None else f"[dim={dim}]"
-            raise ValueError(f"weights must be [scale], scale of shape {expected}, got {_shape(scale)}")
+            raise ValueError(f"weights must be [scale], scale of shape {expected}, got {shape_of(scale)}")
         module = cls(len(scale), **options)
         module.query_proj, module.key_proj = nn.Identity(), nn.Identity()
         with torch.no_grad():
@@ -306,7 +305,7 @@ def _check_input(name: str, t: Tensor, size: int | None, of: str) -> bool:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
     expected = of if size is None else f"{of}={size}"
     if t.dim() not in (2, 3) or size not in (None, t.shape[-1]):
-        raise ValueError(f"{name} must have shape [batch, T, {expected}] or [T, {expected}], got {_shape(t)}")
+        raise ValueError(f"{name} must have shape [batch, T, {expected}] or [T, {expected}], got {shape_of(t)}")
     if name == "key" and t.shape[-2] == 0:
-        raise ValueError(f"key must have at least 1 key, got an empty set of keys, shape {_shape(t)}")
+        raise ValueError(f"key must have at least 1 key, got an empty set of keys, shape {shape_of(t)}")
     return t.dim() == 3

@@ -8,16 +8,15 @@ exp(N(0, 1)), as its GitHub code does, where the release on PyPI draws N(0, 1): 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_choice, check_count, check_finite
 from ..functional import (
     BACKENDS,
     _check_axis,
-    _check_choice,
     _check_heads,
     _check_mask,
     _check_padding_value,
@@ -55,11 +54,11 @@ class _DensityAttention(nn.Module):
         self.num_heads = num_heads
         self.num_gaussians = num_gaussians
         self.padding_value = padding_value
-        self.mean_offset_init = _check_finite("mean_offset_init", mean_offset_init)
+        self.mean_offset_init = check_finite("mean_offset_init", mean_offset_init)
         self.eps = _check_eps(eps, heads)
-        self.padding_stats = _check_choice("padding_stats", padding_stats, ("zero", "exclude"))
-        self.normalize = _check_choice("normalize", normalize, ("clamp", "softmax"))
-        self.backend = _check_choice("backend", backend, ("auto", *BACKENDS))
+        self.padding_stats = check_choice("padding_stats", padding_stats, ("zero", "exclude"))
+        self.normalize = check_choice("normalize", normalize, ("clamp", "softmax"))
+        self.backend = check_choice("backend", backend, ("auto", *BACKENDS))
         _check_padding_value(padding_value)
         self.mean_offsets = nn.Parameter(torch.empty(heads, num_gaussians, device=device, dtype=dtype))
         self.c = nn.Parameter(torch.empty(heads, num_gaussians, device=device, dtype=dtype))
@@ -324,7 +323,7 @@ class FusedDensityBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_count("num_layers", num_layers, 0)
+        check_count("num_layers", num_layers, 0)
         for name, values in (("norm_axes", norm_axes), ("num_heads", num_heads), ("num_gaussians", num_gaussians)):
             if isinstance(values, str) or not isinstance(values, Sequence):
                 raise TypeError(f"{name} must be a list of num_layers={num_layers} ints, got {values!r}")
@@ -427,21 +426,8 @@ def _head_tensors(state_dict: dict, prefix: str, names: Sequence[str]) -> dict[s
 def _check_shape(norm_axis: int, num_heads: int, num_gaussians: int) -> None:
     if isinstance(norm_axis, bool) or not isinstance(norm_axis, int):
         raise ValueError(f"norm_axis must be an int, got {norm_axis!r}")
-    _check_count("num_heads", num_heads, 1)
-    _check_count("num_gaussians", num_gaussians, 1)
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
-
-
-def _check_finite(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return value
+    check_count("num_heads", num_heads, 1)
+    check_count("num_gaussians", num_gaussians, 1)
 
 
 def _check_eps(eps: float | Sequence[float], heads: int) -> float | tuple[float, ...]:
@@ -451,6 +437,6 @@ def _check_eps(eps: float | Sequence[float], heads: int) -> float | tuple[float,
             raise ValueError(f"eps must be a number, or one for each of num_heads={heads} heads, got {eps!r}")
         each = tuple(_check_eps(e, 0) for e in eps)
         return each if len(set(each)) > 1 else each[0]
-    if _check_finite("eps", eps) <= 0:
+    if check_finite("eps", eps) <= 0:
         raise ValueError(f"eps must be positive, got {eps!r}")
     return float(eps)

@@ -12,18 +12,10 @@ import re
 import torch
 from torch import Tensor, nn
 
-from ..functional import (
-    BACKENDS,
-    _check_axis,
-    _check_choice,
-    _check_mask,
-    _check_padding_value,
-    density_attention,
-    density_weights,
-)
+from ..checks import check_choice, check_count, check_finite
+from ..functional import BACKENDS, _check_axis, _check_mask, _check_padding_value, density_attention, density_weights
 from ..reference.feature import mean_over_time, weigh_time_steps
 from ..reference.statistics import valid_elements
-from .daam import _check_count, _check_finite
 
 _HEADS = ("daams", "gcts")  # what the public code calls its list of heads
 _PUBLIC_NAMES = {"c": "c", "mean_offset": "mean_offsets"}  # of a head's parameters there, in its order, and ours
@@ -73,12 +65,12 @@ class FusedMultiHeadFeatureDAAM(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("num_layers", num_layers), ("feature_size", feature_size), ("num_heads", num_heads)):
-            _check_count(name, value, 1)
+            check_count(name, value, 1)
         if num_heads > num_layers:
             raise ValueError(f"num_heads must be at most num_layers={num_layers}, got {num_heads}")
-        if _check_finite("c", c) == 0:
+        if check_finite("c", c) == 0:
             raise ValueError(f"c must not be 0, got {c}")
-        if _check_finite("eps", eps) <= 0:
+        if check_finite("eps", eps) <= 0:
             raise ValueError(f"eps must be positive, got {eps}")
         _check_padding_value(padding_value)
         self.num_layers = num_layers
@@ -87,8 +79,8 @@ class FusedMultiHeadFeatureDAAM(nn.Module):
         self.initial_c = c
         self.eps = eps
         self.padding_value = padding_value
-        self.padding_stats = _check_choice("padding_stats", padding_stats, ("zero", "exclude"))
-        self.backend = _check_choice("backend", backend, ("auto", *BACKENDS))
+        self.padding_stats = check_choice("padding_stats", padding_stats, ("zero", "exclude"))
+        self.backend = check_choice("backend", backend, ("auto", *BACKENDS))
         self.mean_offsets = nn.Parameter(torch.empty(num_heads, feature_size, device=device, dtype=dtype))
         self.c = nn.Parameter(torch.empty(num_heads, feature_size, device=device, dtype=dtype))
         self.reset_parameters()
@@ -154,7 +146,7 @@ class FusedMultiHeadFeatureDAAM(nn.Module):
         Args:
             heads: what that module calls its list of heads, ``"daams"`` or ``"gcts"``.
         """
-        _check_choice("heads", heads, _HEADS)
+        check_choice("heads", heads, _HEADS)
         return {
             f"{heads}.{head}.{name}": getattr(self, own).detach()[head : head + 1].clone()
             for head in range(self.num_heads)

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .daam import _HEADS, _PARAMETERS, _add_axis_of_heads, _check_finite, _check_shape, _MultiHead
+from ..checks import check_finite
+from .daam import _HEADS, _PARAMETERS, _add_axis_of_heads, _check_shape, _MultiHead
 
 
 class FusedMultiHeadGAAM(_MultiHead):
@@ -117,7 +118,7 @@ def _check_initial_c(initial_c: float | Tensor, num_gaussians: int) -> float | t
     if isinstance(initial_c, Tensor):
         initial_c = _numbers("initial_c", initial_c, num_gaussians)
     else:
-        _check_finite("initial_c", initial_c)
+        check_finite("initial_c", initial_c)
     if initial_c == 0 or (isinstance(initial_c, tuple) and 0 in initial_c):
         raise ValueError(f"initial_c must not be 0, got {initial_c}")
     return initial_c

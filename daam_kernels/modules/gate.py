@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..functional import BACKENDS, _check_axis, _check_choice, _check_mask, density_weights
+from ..checks import check_choice, check_count, check_finite
+from ..functional import BACKENDS, _check_axis, _check_mask, density_weights
 from ..reference.gate import project, scale_frames
-from .daam import _check_count, _check_finite
 
 
 class FusedDensityGate(nn.Module):
@@ -52,13 +52,13 @@ class FusedDensityGate(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_count("channels", channels, 1)
-        _check_count("num_gaussians", num_gaussians, 1)
+        check_count("channels", channels, 1)
+        check_count("num_gaussians", num_gaussians, 1)
         self.channels = channels
         self.num_gaussians = num_gaussians
-        self.initial_alpha = _check_finite("alpha", alpha)
-        self.padding_stats = _check_choice("padding_stats", padding_stats, ("zero", "exclude"))
-        self.backend = _check_choice("backend", backend, ("auto", *BACKENDS))
+        self.initial_alpha = check_finite("alpha", alpha)
+        self.padding_stats = check_choice("padding_stats", padding_stats, ("zero", "exclude"))
+        self.backend = check_choice("backend", backend, ("auto", *BACKENDS))
         options = dict(device=device, dtype=dtype)
         self.to_attn = nn.Conv1d(channels, 1, 1, **options)
         self.gaa = nn.ParameterDict(

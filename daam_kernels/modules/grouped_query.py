@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..functional import _check_choice
-from .daam import _check_count, _check_finite
+from ..checks import check_choice, check_count, check_finite
 
 
 class GroupedQueryAttention(nn.Module):
@@ -61,22 +60,22 @@ class GroupedQueryAttention(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("embed_dim", embed_dim), ("query_heads", query_heads), ("kv_heads", kv_heads)):
-            _check_count(name, value, 1)
+            check_count(name, value, 1)
         if query_heads % kv_heads:
             raise ValueError(f"query_heads must be a multiple of kv_heads={kv_heads}, got {query_heads}")
         if embed_dim % query_heads:
             raise ValueError(f"embed_dim must be a multiple of query_heads={query_heads}, got {embed_dim}")
-        if not 0 <= _check_finite("dropout", dropout) < 1:
+        if not 0 <= check_finite("dropout", dropout) < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-        if _check_finite("layer_norm_eps", layer_norm_eps) < 0:
+        if check_finite("layer_norm_eps", layer_norm_eps) < 0:
             raise ValueError(f"layer_norm_eps must not be negative, got {layer_norm_eps}")
         self.embed_dim = embed_dim
         self.query_heads = query_heads
         self.kv_heads = kv_heads
         self.head_dim = embed_dim // query_heads
-        self.variant = _check_choice("variant", variant, ("paper", "gqa"))
+        self.variant = check_choice("variant", variant, ("paper", "gqa"))
         self.dropout = dropout
-        self.gamma_init = _check_finite("gamma_init", gamma_init)
+        self.gamma_init = check_finite("gamma_init", gamma_init)
 
         options = dict(device=device, dtype=dtype)
         kv_dim = kv_heads * self.head_dim

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..functional import _check_choice
-from .daam import FusedMultiHeadDAAM, _check_count
+from ..checks import check_choice, check_count
+from .daam import FusedMultiHeadDAAM
 from .feature import FusedMultiHeadFeatureDAAM
 from .grouped_query import GroupedQueryAttention, _check_masks
 
@@ -69,7 +69,7 @@ class GroupedQueryDAAM(nn.Module):
             layer_norm_eps=layer_norm_eps, gamma_init=gamma_init, **options,
         )  # fmt: skip
         if input_dim is not None:
-            _check_count("input_dim", input_dim, 1)
+            check_count("input_dim", input_dim, 1)
         self.embed_transform = None if input_dim is None else nn.Linear(input_dim, embed_dim, **options)
 
     def forward(
@@ -127,7 +127,7 @@ class GroupedQueryDAAM(nn.Module):
             density: what that model calls its density attention, ``"daam"`` or ``"gct"``.
             heads: what that attention, if it is the one per feature, calls its heads, ``"daams"`` or ``"gcts"``.
         """
-        _check_choice("density", density, _DENSITY_NAMES)
+        check_choice("density", density, _DENSITY_NAMES)
         parts = {density: self.daam, "embed_transform": self.embed_transform, "gqa": self.gqa}
         return _upstream_parts({name: part for name, part in parts.items() if part is not None}, heads)
 
@@ -177,7 +177,7 @@ class DensityAdaptiveTransformer(nn.Module):
         super().__init__()
         sizes = dict(num_layers=num_layers, feature_size=feature_size, num_classes=num_classes)
         for name, value in (*sizes.items(), ("hidden_channels", hidden_channels)):
-            _check_count(name, value, 1)
+            check_count(name, value, 1)
         self.attention = _check_module("attention", attention)
         self.num_layers = num_layers
         self.feature_size = feature_size
@@ -230,7 +230,7 @@ class DensityAdaptiveTransformer(nn.Module):
 
     def upstream_state_dict(self, density: str = "daam", heads: str = "daams") -> dict[str, Tensor]:
         """The parameters as the public code's model loads them: copies, detached. See :class:`GroupedQueryDAAM`."""
-        _check_choice("density", density, _DENSITY_NAMES)
+        check_choice("density", density, _DENSITY_NAMES)
         if isinstance(self.attention, GroupedQueryDAAM):
             attention = self.attention.upstream_state_dict(density, heads)
         else:

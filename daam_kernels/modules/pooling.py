@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..functional import _check_choice
-from ..pooling import _BACKENDS, _check_dropout, pool
+from ..checks import check_choice, check_count, check_dropout
+from ..pooling import _BACKENDS, pool
 from ..reference.attention_pool import penalty
-from .daam import _check_count
 
 _SCORES = ("dot", "additive", "gated", "multihead")
 
@@ -63,18 +62,18 @@ class AttentionPool(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_count("embed_dim", embed_dim, 1)
-        _check_count("hops", hops, 1)
+        check_count("embed_dim", embed_dim, 1)
+        check_count("hops", hops, 1)
         self.embed_dim, self.hops = embed_dim, hops
-        self.score = _check_choice("score", score, _SCORES)
-        self.dropout = _check_dropout("dropout", dropout)
-        self.backend = _check_choice("backend", backend, _BACKENDS)
+        self.score = check_choice("score", score, _SCORES)
+        self.dropout = check_dropout("dropout", dropout)
+        self.backend = check_choice("backend", backend, _BACKENDS)
         hidden = score in ("additive", "gated")
         if hidden_dim is not None:
             if not hidden:
                 raise ValueError(f"hidden_dim must be None for score={score!r}, which has no hidden layer, got "
                                  f"{hidden_dim!r}")  # fmt: skip
-            _check_count("hidden_dim", hidden_dim, 1)
+            check_count("hidden_dim", hidden_dim, 1)
         self.hidden_dim = (hidden_dim or embed_dim) if hidden else None
         self.num_heads = self._checked_heads(num_heads)
         options = dict(device=device, dtype=dtype)
@@ -94,7 +93,7 @@ class AttentionPool(nn.Module):
             return 1
         if num_heads is None:
             return next(n for n in (8, 4, 2, 1) if self.embed_dim % n == 0)
-        _check_count("num_heads", num_heads, 1)
+        check_count("num_heads", num_heads, 1)
         if self.embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim, {self.embed_dim}, got {num_heads}")
         return num_heads

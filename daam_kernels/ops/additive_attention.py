@@ -17,6 +17,7 @@ from ..backends import resolve
 from ..options import AdditiveOptions, arithmetic_type
 from ..reference import additive_attention_blocks as blocks
 from . import eager
+from .registration import register
 
 _NAME = "additive attention"  # in messages of what cannot serve it
 
@@ -200,20 +201,11 @@ def _operator_gradient(ctx, grad, _, grad_weights):
     return *_gradients(ctx, grad, grad_weights), *(None for _ in range(others))
 
 
-def _refuse_second_gradient(ctx, *_):
-    raise RuntimeError(
-        "torch.ops.daam_kernels.additive_attention_backward is not differentiable itself; for gradients of gradients "
-        "call daam_kernels.additive_attention outside of torch.compile, with create_graph=True"
-    )
-
-
-for _name, _implementation, _fake in (
-    ("additive_attention", _operator, _operator_fake),
-    ("additive_attention_backward", _operator_backward, _operator_backward_fake),
-):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"daam_kernels::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "daam_kernels::additive_attention", _operator_gradient, setup_context=_setup_context, lib=_library
+register(
+    _library,
+    "additive_attention",
+    forward=(_operator, _operator_fake),
+    backward=(_operator_backward, _operator_backward_fake),
+    gradient=_operator_gradient,
+    setup_context=_setup_context,
 )
-torch.library.register_autograd("daam_kernels::additive_attention_backward", _refuse_second_gradient, lib=_library)

@@ -18,6 +18,7 @@ from ..backends import resolve
 from ..reference import attention_pool_blocks as in_blocks
 from ..sequences import check_lengths, check_packing, lengths_of, packing
 from . import eager
+from .registration import register
 
 _TENSORS = (
     "Tensor x, Tensor query, Tensor? key_weight, Tensor? key_bias, Tensor? gate_weight, Tensor? gate_bias, "
@@ -236,20 +237,11 @@ def _differentiable_gradients(grad_context, grad_weights, pooling: Pooling) -> t
     return tuple(next(found) if t is not None and t.requires_grad else None for t in copies)
 
 
-def _refuse_second_gradient(ctx, *_):
-    raise RuntimeError(
-        "torch.ops.daam_kernels.attention_pool_backward is not differentiable itself; for gradients of gradients call "
-        "daam_kernels.attention_pool outside of torch.compile, with create_graph=True"
-    )
-
-
-for _name, _implementation, _fake in (
-    ("attention_pool", _operator, _operator_fake),
-    ("attention_pool_backward", _operator_backward, _operator_backward_fake),
-):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"daam_kernels::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "daam_kernels::attention_pool", _operator_gradient, setup_context=_setup_context, lib=_library
+register(
+    _library,
+    "attention_pool",
+    forward=(_operator, _operator_fake),
+    backward=(_operator_backward, _operator_backward_fake),
+    gradient=_operator_gradient,
+    setup_context=_setup_context,
 )
-torch.library.register_autograd("daam_kernels::attention_pool_backward", _refuse_second_gradient, lib=_library)

@@ -16,6 +16,7 @@ from ..backends import resolve
 from ..options import DensityOptions
 from ..sequences import check_packing
 from . import eager
+from .registration import register
 
 _MIN_SAVED = 64  # shorter slices recompute their statistics: saving them would move as many bytes as x does
 _ALWAYS_SAVED = 1024  # a last head with that long a remainder may not fit one block, and then needs them
@@ -321,23 +322,14 @@ def _operator_gradient(ctx, grad, _weights, _stats):
     return (*gradients, *(None for _ in range(others + len(ctx.options) - 1)))
 
 
-def _refuse_second_gradient(ctx, *_):
-    raise RuntimeError(
-        "torch.ops.daam_kernels.density_attention_backward is not differentiable itself; for gradients of gradients "
-        "call daam_kernels.density_attention outside of torch.compile, with create_graph=True"
-    )
-
-
-for _name, _implementation, _fake in (
-    ("density_attention", _operator, _operator_fake),
-    ("density_attention_backward", _operator_backward, _operator_backward_fake),
-):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"daam_kernels::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "daam_kernels::density_attention", _operator_gradient, setup_context=_setup_context, lib=_library
+register(
+    _library,
+    "density_attention",
+    forward=(_operator, _operator_fake),
+    backward=(_operator_backward, _operator_backward_fake),
+    gradient=_operator_gradient,
+    setup_context=_setup_context,
 )
-torch.library.register_autograd("daam_kernels::density_attention_backward", _refuse_second_gradient, lib=_library)
 
 
 def _new_stats(

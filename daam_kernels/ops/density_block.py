@@ -17,6 +17,7 @@ from ..kernels.launch import MOST_LAYERS, fits_block
 from ..options import DensityOptions
 from . import density_attention, eager
 from .density_attention import _backward, _forward, _reference_backward, _reference_forward
+from .registration import register
 
 _TENSORS = "Tensor x, Tensor[] mean_offsets, Tensor[] c, Tensor? mask"
 _OPTIONS = "int norm_axis, float? padding_value, str padding_stats, str normalize, float eps, str backend"
@@ -244,20 +245,12 @@ def _operator_gradient(ctx, grad):
     return dx, *gradients, None, *(None for _ in ctx.options[:5]), None
 
 
-def _refuse_second_gradient(ctx, *_):
-    raise RuntimeError(
-        "torch.ops.daam_kernels.density_block_backward is not differentiable itself; for gradients of gradients call "
-        "the block outside of torch.compile, with create_graph=True"
-    )
-
-
-for _name, _implementation, _fake in (
-    ("density_block", _operator, _operator_fake),
-    ("density_block_backward", _operator_backward, _operator_backward_fake),
-):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"daam_kernels::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "daam_kernels::density_block", _operator_gradient, setup_context=_setup_context, lib=_library
+register(
+    _library,
+    "density_block",
+    forward=(_operator, _operator_fake),
+    backward=(_operator_backward, _operator_backward_fake),
+    gradient=_operator_gradient,
+    setup_context=_setup_context,
+    eager="the block",
 )
-torch.library.register_autograd("daam_kernels::density_block_backward", _refuse_second_gradient, lib=_library)
