@@ -41,7 +41,7 @@ def available_backends() -> dict[str, BackendStatus]:
 
 
 def resolve(backend: str, x: Tensor, density: str = "product") -> str:
-    """The backend that serves x with this density, for one of ``BACKENDS`` or "auto".
+    """The backend that serves x with this density, or another operator by name, for one of ``BACKENDS`` or "auto".
 
     Raises:
         ValueError: the name is unknown, here or in the environment variable that overrides "auto".

@@ -26,6 +26,8 @@ _TENSORS = (
 )
 _OPTIONS = "float scale, float dropout_p, SymInt? max_seqlen"
 
+_NAME = "attention pooling"  # in messages of what cannot serve it
+
 _library = torch.library.Library("daam_kernels", "FRAGMENT")
 _library.define(f"attention_pool({_TENSORS}, {_OPTIONS}, bool need_weights, str backend) -> (Tensor, Tensor, Tensor)")
 _library.define(
@@ -99,7 +101,7 @@ def apply(pooling: Pooling, need_weights: bool, backend: str) -> tuple[Tensor, T
     valid row [bags]), the first two of the arithmetic's type and differentiable. The arguments are checked already.
     """
     if eager.is_transformed():
-        resolve(backend, pooling.x, "attention_pool")
+        resolve(backend, pooling.x, _NAME)
         pooling.check_bags()
         context, weights = _reference(pooling)
         found = _found_in_reference(pooling)
@@ -129,7 +131,7 @@ def _found_in_reference(pooling: Pooling) -> Tensor:
 
 
 def _on_triton(pooling: Pooling, backend: str) -> bool:
-    if resolve(backend, pooling.x, "attention_pool") != "triton":
+    if resolve(backend, pooling.x, _NAME) != "triton":
         return False
     from ..kernels.attention_pool import serves
 
