@@ -25,33 +25,35 @@ from .density_math import (
     count_elements,
     density,
     find_peak,
-    find_valid,
     finish_weights,
-    first_valid,
     from_statistics,
     input_gradient,
     load_gaussians,
     load_statistics,
-    load_tile,
     normaliser,
     partial_offsets,
     pick_first,
     product_at_peak,
     product_quadratic,
     product_weights,
-    program_slices,
     reciprocal_sqrt,
-    rows_within,
     relative_gradient,
-    slice_number,
-    slice_offsets,
     standardise,
-    store_rounded,
-    tile_offsets,
     tile_statistics,
 )
 from .host import SIZES, arithmetic_type, device_of, prepare, run
 from .mixture_backward import mixture_backward
+from .tiles import (
+    find_valid,
+    first_valid,
+    load_tile,
+    program_slices,
+    rows_within,
+    slice_number,
+    slice_offsets,
+    store_rounded,
+    tile_offsets,
+)
 
 
 @triton.jit

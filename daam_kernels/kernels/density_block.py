@@ -20,24 +20,19 @@ from .density_backward import head_gradients, resident_gradient, save_partials
 from .density_math import (
     count_elements,
     find_peak,
-    find_valid,
     from_statistics,
     load_gaussians,
-    load_tile,
     pick_first,
     product_quadratic,
     product_weights,
-    program_slices,
     reciprocal_sqrt,
-    rows_within,
-    slice_offsets,
     standardise,
-    tile_offsets,
     tile_statistics,
     value_at_peak,
     weighted_output,
 )
 from .host import SIZES, arithmetic_type, device_of, prepare, run
+from .tiles import find_valid, load_tile, program_slices, rows_within, slice_offsets, tile_offsets
 
 
 @triton.jit

@@ -1,9 +1,9 @@
-"""The arithmetic that the density kernels share, in functions of Triton.
+"""The arithmetic that the density kernels share, and that of the product of Gaussians, in functions of Triton.
 
 A tile is [BLOCK_R, BLOCK_S]: elements of a slice along the first axis, slices of one head along the second; numbers
 per slice are [BLOCK_S]. ACC is the arithmetic type. ``valid`` marks the elements that are not padding, ``domain``
 those that have a weight: all of the slice, or under EXCLUDE the valid ones. PADDED is false where no element can be
-padding. Offsets are 64 bits wide.
+padding.
 """
 
 import triton
@@ -14,9 +14,6 @@ LN_2 = tl.constexpr(0.6931471805599453)
 VAR_ADDED = tl.constexpr(1e-8)  # to the variance of the per-feature Gaussian, beside eps
 VAR_FLOOR = tl.constexpr(1e-6)  # the smallest variance of the gate
 TWO_PI = tl.constexpr(6.283185307179586)
-ROOT_HALF_LOG2_E = tl.constexpr(0.8493218002880191)
-ROUNDING = tl.constexpr(1.5 * 2.0**23)  # a sum with it is rounded to a whole number, which its last bits are
-FADED = tl.constexpr(2.0**-32)  # sums of densities below it, or above its inverse, lie far from their peak
 FAR = tl.constexpr(3e38)  # farther than any z^2, finite so that differences of it are numbers
 
 
@@ -44,120 +41,6 @@ def product_quadratic(offset, width, real, EPS: tl.constexpr, ACC: tl.constexpr)
     log_scale = tl.sum(tl.where(real, tl.log(width * width * TWO_PI), 0.0), axis=0) * 0.5
     level = (log_scale + tl.log(tl.full([], EPS, tl.float64))) * LOG2_E
     return a.to(ACC), center.to(ACC), spread.to(ACC), level.to(ACC)
-
-
-@triton.jit
-def head_span(head, num_heads, chunk, length, COLUMNS: tl.constexpr, VEC: tl.constexpr):
-    """(first row, number of rows) of a head along R, in elements; the last head takes the remainder.
-
-    Sizes along the contiguous axis come divided by VEC and are multiplied here, which tells the compiler what divides
-    them.
-    """
-    start = head.to(tl.int64) * chunk
-    count = tl.where(head == num_heads - 1, length - start, chunk)
-    if not COLUMNS:
-        start = start * VEC
-        count = count * VEC
-    return start, count
-
-
-@triton.jit
-def slice_coordinates(block, outer, inner, COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_S: tl.constexpr):
-    """(position in outer, position in inner, is inside) of the slices of a block."""
-    lane = tl.arange(0, BLOCK_S)
-    if COLUMNS:
-        width = inner * VEC
-        blocks = tl.cdiv(width, BLOCK_S)
-        o = (block // blocks).to(tl.int64)
-        i = (block % blocks).to(tl.int64) * BLOCK_S + lane
-        inside = (i < width) & (o < outer)
-    else:
-        s = block.to(tl.int64) * BLOCK_S + lane
-        o = s // inner
-        i = s % inner
-        inside = o < outer
-    return o, i, inside
-
-
-@triton.jit
-def program_slices(
-    cu_seqlens_ptr, num_heads, chunk, length, outer, inner,
-    COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """What a program works on: (head, block of slices, first row, rows, and of each slice: position in outer, in
-    inner, whether it is inside).
-
-    With ``cu_seqlens_ptr`` outer counts sequences packed along R, and a block has slices of one of them, rows too.
-    """
-    head = tl.program_id(0) % num_heads
-    block = tl.program_id(0) // num_heads
-    if cu_seqlens_ptr is None:
-        start, n = head_span(head, num_heads, chunk, length, COLUMNS, VEC)
-        o, i, inside = slice_coordinates(block, outer, inner, COLUMNS, VEC, BLOCK_S)
-    else:  # VEC is 1 in rows, so both ways of counting in units of it are the same
-        o, i, inside = slice_coordinates(block, outer, inner, True, VEC, BLOCK_S)
-        begin = tl.load(cu_seqlens_ptr + o).to(tl.int64)
-        own = tl.load(cu_seqlens_ptr + o + 1).to(tl.int64) - begin
-        start, n = head_span(head, num_heads, own // num_heads, own, True, VEC)
-        start += begin
-    return head, block, start, n, o, i, inside
-
-
-@triton.jit
-def slice_number(o, i, head, outer, inner, COLUMNS: tl.constexpr, VEC: tl.constexpr):
-    """Where numbers per slice are stored: counted through heads, then outer and inner, so that it does not matter
-    which axes are outer: the incoming gradient may ask for another split of them than the forward pass took."""
-    return (head.to(tl.int64) * outer + o) * inner * (VEC if COLUMNS else 1) + i
-
-
-@triton.jit
-def slice_offsets(o, i, start, stride_o, stride_r, stride_i, COLUMNS: tl.constexpr, VEC: tl.constexpr):
-    """Offsets, in elements, of the first row of each slice."""
-    return o * stride_o * VEC + start * stride_r * (VEC if COLUMNS else 1) + i * stride_i * (1 if COLUMNS else VEC)
-
-
-@triton.jit
-def tile_offsets(base, r, stride_r, COLUMNS: tl.constexpr, VEC: tl.constexpr):
-    """Offsets, in elements, of rows r of the slices that start at base."""
-    return r.to(tl.int64)[:, None] * stride_r * (VEC if COLUMNS else 1) + base[None, :]
-
-
-@triton.jit
-def rows_within(r, n, inside, WHOLE: tl.constexpr):
-    """Which elements of a tile are in a slice of n rows; all of them where every tile is WHOLE, which costs nothing."""
-    if WHOLE:
-        within = tl.full([r.shape[0], inside.shape[0]], True, tl.int1)
-    else:
-        within = (r < n)[:, None] & inside[None, :]
-    return within
-
-
-@triton.jit
-def load_tile(ptr, base, r, stride_r, within, COLUMNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr):
-    """Rows r of the slices that start at base, in the arithmetic type; 0 outside."""
-    return tl.load(ptr + tile_offsets(base, r, stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
-
-
-@triton.jit
-def find_valid(x, inside, mask_ptr, mask_base, r, mask_stride_r, PADDING: tl.constexpr, HAS_MASK: tl.constexpr):
-    """Which elements of a tile are not padding. The mask's strides are never divided by VEC."""
-    valid = inside
-    if PADDING is not None:
-        valid = valid & (x != PADDING)
-    if HAS_MASK:
-        at = r.to(tl.int64)[:, None] * mask_stride_r + mask_base[None, :]
-        valid = valid & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
-    return valid
-
-
-@triton.jit
-def first_valid(ptr, base, valid, r, stride_r, BLOCK_R: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr):
-    """The value of each slice's first valid element in a tile whose rows are r, 0 where it has none."""
-    lane = tl.arange(0, BLOCK_R)
-    first = tl.min(tl.where(valid, lane[:, None], BLOCK_R), axis=0)
-    row = first.to(tl.int64) + tl.min(r, axis=0)
-    at = base + row * stride_r * (VEC if COLUMNS else 1)
-    return tl.load(ptr + at, mask=first < BLOCK_R, other=0.0)
 
 
 @triton.jit
@@ -288,192 +171,6 @@ def product_at_peak(peak, rstd, a, spread, level):
 
 
 @triton.jit
-def load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC: tl.constexpr):
-    """(offset, width, log2 of the share) of Gaussian k of the head's mixture."""
-    at = head.to(tl.int64) * num_gaussians + k
-    offset = tl.load(mean_offsets_ptr + at).to(ACC)
-    width = tl.load(c_ptr + at).to(ACC)
-    share = tl.load(log_shares_ptr + at).to(ACC) * LOG2_E
-    return offset, width, share
-
-
-@triton.jit
-def distance_from(d, rstd, offset, narrowness):
-    """u, whose square is what log2 of a Gaussian falls by; d is x - mean."""
-    slope = rstd * narrowness
-    return d * slope[None, :] - (offset * slope)[None, :]
-
-
-@triton.jit
-def narrowness_of(width):
-    """What ``distance_from`` takes in the place of a width, of either sign."""
-    return reciprocal_sqrt(width * width) * ROOT_HALF_LOG2_E
-
-
-@triton.jit
-def mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC: tl.constexpr):
-    """log2 of the density of Gaussian k times its share, less ``top``; d is x - mean.
-
-    Two fused multiplications an element: all that the elements of a slice have in common is in three numbers.
-    """
-    offset, width, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
-    u = distance_from(d, rstd, offset, narrowness_of(width))
-    return (share - top)[None, :] - u * u
-
-
-@triton.jit
-def exp2_polynomial(term):
-    """2^term of a float32 from -126 to 127 by multiplications, of which a GPU does eight in the time of one tl.exp2.
-
-    Exact to 1e-7 and rounding; below -126 it stays where it is there.
-    """
-    term = tl.maximum(term, -126.0)
-    shifted = term + ROUNDING
-    f = term - (shifted - ROUNDING)
-    power = 1.326472731e-3 * f + 9.671512991e-3
-    power = power * f + 5.550733581e-2
-    power = power * f + 2.402224243e-1
-    power = power * f + 6.931470037e-1
-    power = power * f + 1.0
-    bits = power.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def mixture_density(
-    d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
-    UNROLLED: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """The densities over 2^``top``: K exponentials an element. UNROLLED is K where it is known, or 0.
-
-    Of eight Gaussians one takes no exponentials, so that a GPU computes no longer than it reads and writes float32.
-    """
-    if UNROLLED > 0:
-        densities = tl.exp2(
-            mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, 0, num_gaussians, ACC)
-        )
-        for k in tl.static_range(1, UNROLLED):
-            term = mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
-            if k == 7 and ACC == tl.float32:
-                densities += exp2_polynomial(term)
-            else:
-                densities += tl.exp2(term)
-    else:
-        densities = tl.zeros_like(d)
-        for k in range(num_gaussians):
-            densities += tl.exp2(
-                mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
-            )
-    return tl.where(domain, densities, 0.0)
-
-
-@triton.jit
-def mixture_peak(
-    d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC: tl.constexpr
-):  # fmt: skip
-    """The largest term of each slice's mixture, as log2; -FAR where there is none."""
-    nothing = tl.zeros_like(rstd)
-    top = nothing - FAR
-    for k in range(num_gaussians):
-        term = mixture_term(d, rstd, nothing, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
-        top = tl.maximum(top, tl.max(tl.where(domain, term, -FAR), axis=0))
-    return top
-
-
-@triton.jit
-def mixture_over_peak(
-    d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
-    UNROLLED: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """(densities over a peak of their slice, their sum, log2 of the peak).
-
-    The peak is 1, which costs nothing to find. Only where the sum says that this will not do is it the slice's largest
-    term: where all of the slice lies far from all Gaussians, or the shares are far from 1 as they are. ``asked`` marks
-    the slices that count.
-    """
-    top = tl.zeros_like(rstd)
-    densities = mixture_density(
-        d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, UNROLLED, ACC
-    )
-    total = tl.sum(densities, axis=0)
-    near = (total >= FADED) & (total <= 1.0 / FADED)  # which a NaN is not
-    far = asked & (near == 0)
-    if tl.max(far.to(tl.int32), axis=0) > 0:
-        peak = mixture_peak(d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC)
-        top = tl.where(far, peak, top)
-        densities = mixture_density(
-            d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, 0, ACC
-        )
-        total = tl.sum(densities, axis=0)
-    return densities, total, top
-
-
-@triton.jit
-def mixture_at_peak(top, EPS: tl.constexpr):
-    """log2 of the peak over eps."""
-    return top - (tl.log(tl.full([], EPS, tl.float64)) * LOG2_E).to(top.dtype)
-
-
-@triton.jit
-def parameter_number(head, i, inner, COLUMNS: tl.constexpr, VEC: tl.constexpr):
-    """Where the parameters [heads, inner] of the per-feature Gaussian are for slices at i in inner."""
-    return head.to(tl.int64) * inner * (VEC if COLUMNS else 1) + i
-
-
-@triton.jit
-def gaussian_part(
-    d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, feature, inside, num_gaussians,
-    EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Of Gaussian k: (its part of the densities, e, e / c^2, how much of its width grows with sqrt(var)).
-
-    d is x - mean. The mixture's parts are over 2^top, to the last bit those of which ``top`` is the largest; others are
-    as they are, and have no top. ``feature`` is what ``parameter_number`` gave. The gate's Gaussians have eps added to
-    their width; the per-feature one has c in the place of c^2.
-    """
-    grows = 1.0
-    if NORMALISED:
-        offset, width, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
-        narrowness = narrowness_of(width)
-        u = distance_from(d, rstd, offset, narrowness)
-        part = tl.exp2((share - top)[None, :] - u * u)
-        e = u * (tl.abs(width) * (1.0 / ROOT_HALF_LOG2_E))
-        over_width = u * (narrowness * (2.0 * LN_2))
-    else:
-        if PER_FEATURE:
-            offset = tl.load(mean_offsets_ptr + feature, mask=inside, other=0.0).to(ACC)
-            inverse = inverse_of(tl.load(c_ptr + feature, mask=inside, other=1.0).to(ACC))[None, :]
-            share = tl.zeros_like(rstd)
-        else:
-            offset, width, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
-            share += tl.zeros_like(rstd)
-            whole = width + EPS * rstd
-            inverse = inverse_of(whole * whole)[None, :]
-            grows = width / whole
-        e = d * rstd[None, :] - (offset * rstd)[None, :]
-        # Not e^2: where it overflows, it may be 0 times infinity.
-        part = tl.exp2(share[None, :] - e * (e * (inverse * (0.5 * LOG2_E))))
-        over_width = e * inverse
-    return part, e, over_width, grows
-
-
-@triton.jit
-def gate_density(
-    d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians,
-    EPS: tl.constexpr, PER_FEATURE: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """The densities that are not normalised: K exponentials an element."""
-    densities = tl.zeros_like(d)
-    for k in range(num_gaussians):
-        part, _e, _over_width, _grows = gaussian_part(
-            d, rstd, rstd, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, feature, inside, num_gaussians,
-            EPS, False, PER_FEATURE, ACC,
-        )  # fmt: skip
-        densities += part
-    return tl.where(domain, densities, 0.0)
-
-
-@triton.jit
 def normaliser(log_peak, total, CLAMP: tl.constexpr):
     """(what a density is multiplied with to become a weight, whether the sum of the slice is below eps).
 
@@ -595,16 +292,6 @@ def merge_statistics(
 
 
 @triton.jit
-def merge_mixture(partials_ptr, number, num_slices, num_chunks, inside, BLOCK_C: tl.constexpr):
-    """(log2 of the peak, sum of densities over it) of whole slices from those of their runs."""
-    at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
-    tops = tl.load(partials_ptr + at, mask=there, other=-FAR)
-    totals = tl.load(partials_ptr + num_slices * num_chunks + at, mask=there, other=0.0)
-    top = tl.max(tops, axis=0)
-    return top, tl.sum(tl.where(totals != 0.0, totals * tl.exp2(tops - top[None, :]), 0.0), axis=0)
-
-
-@triton.jit
 def merge_normaliser(partials_ptr, number, num_slices, num_chunks, inside, a, BLOCK_C: tl.constexpr):
     """(peak, x there, sum of densities over the one there) of whole slices from those of their runs."""
     at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
@@ -642,12 +329,3 @@ def input_gradient(
     if RESIDUAL:
         dx += g
     return dx
-
-
-@triton.jit
-def store_rounded(pointers, values, mask):
-    """Store float64 values in the pointers' type; to bfloat16 by way of float32, as every backend of Triton can."""
-    element_type: tl.constexpr = pointers.dtype.element_ty
-    if element_type == tl.bfloat16:
-        values = values.to(tl.float32)
-    tl.store(pointers, values.to(element_type), mask=mask)

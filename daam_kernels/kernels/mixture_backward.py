@@ -28,36 +28,40 @@ from .density_forward import split_normaliser, split_statistics
 from .density_math import (
     FAR,
     counted_members,
-    find_valid,
     finish_weights,
-    first_valid,
-    gate_density,
-    gaussian_part,
     input_gradient,
     load_statistics,
-    load_tile,
     merge_counts,
-    merge_mixture,
     merge_statistics,
-    mixture_at_peak,
-    mixture_density,
-    mixture_over_peak,
     normaliser,
-    parameter_number,
     partial_offsets,
     pick_first,
-    program_slices,
     reciprocal_sqrt,
-    rows_within,
     save_statistics,
-    slice_number,
-    slice_offsets,
-    store_rounded,
     through_variance_of,
-    tile_offsets,
     tile_statistics,
 )
 from .host import SIZES, arithmetic_type, device_of, prepare, run, viewable
+from .mixture_math import (
+    gate_density,
+    gaussian_part,
+    merge_mixture,
+    mixture_at_peak,
+    mixture_density,
+    mixture_over_peak,
+)
+from .tiles import (
+    find_valid,
+    first_valid,
+    load_tile,
+    parameter_number,
+    program_slices,
+    rows_within,
+    slice_number,
+    slice_offsets,
+    store_rounded,
+    tile_offsets,
+)
 
 
 @triton.jit

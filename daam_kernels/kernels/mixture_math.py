@@ -1,0 +1,203 @@
+"""The densities that are sums of Gaussians, mixture, gate and per-feature, in functions of Triton.
+
+Shapes and names are those of ``density_math``.
+"""
+
+import triton
+import triton.language as tl
+
+from .density_math import FAR, LN_2, LOG2_E, inverse_of, partial_offsets, reciprocal_sqrt
+
+ROOT_HALF_LOG2_E = tl.constexpr(0.8493218002880191)
+ROUNDING = tl.constexpr(1.5 * 2.0**23)  # a sum with it is rounded to a whole number, which its last bits are
+FADED = tl.constexpr(2.0**-32)  # sums of densities below it, or above its inverse, lie far from their peak
+
+
+@triton.jit
+def load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC: tl.constexpr):
+    """(offset, width, log2 of the share) of Gaussian k of the head's mixture."""
+    at = head.to(tl.int64) * num_gaussians + k
+    offset = tl.load(mean_offsets_ptr + at).to(ACC)
+    width = tl.load(c_ptr + at).to(ACC)
+    share = tl.load(log_shares_ptr + at).to(ACC) * LOG2_E
+    return offset, width, share
+
+
+@triton.jit
+def distance_from(d, rstd, offset, narrowness):
+    """u, whose square is what log2 of a Gaussian falls by; d is x - mean."""
+    slope = rstd * narrowness
+    return d * slope[None, :] - (offset * slope)[None, :]
+
+
+@triton.jit
+def narrowness_of(width):
+    """What ``distance_from`` takes in the place of a width, of either sign."""
+    return reciprocal_sqrt(width * width) * ROOT_HALF_LOG2_E
+
+
+@triton.jit
+def mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC: tl.constexpr):
+    """log2 of the density of Gaussian k times its share, less ``top``; d is x - mean.
+
+    Two fused multiplications an element: all that the elements of a slice have in common is in three numbers.
+    """
+    offset, width, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+    u = distance_from(d, rstd, offset, narrowness_of(width))
+    return (share - top)[None, :] - u * u
+
+
+@triton.jit
+def exp2_polynomial(term):
+    """2^term of a float32 from -126 to 127 by multiplications, of which a GPU does eight in the time of one tl.exp2.
+
+    Exact to 1e-7 and rounding; below -126 it stays where it is there.
+    """
+    term = tl.maximum(term, -126.0)
+    shifted = term + ROUNDING
+    f = term - (shifted - ROUNDING)
+    power = 1.326472731e-3 * f + 9.671512991e-3
+    power = power * f + 5.550733581e-2
+    power = power * f + 2.402224243e-1
+    power = power * f + 6.931470037e-1
+    power = power * f + 1.0
+    bits = power.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def mixture_density(
+    d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
+    UNROLLED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The densities over 2^``top``: K exponentials an element. UNROLLED is K where it is known, or 0.
+
+    Of eight Gaussians one takes no exponentials, so that a GPU computes no longer than it reads and writes float32.
+    """
+    if UNROLLED > 0:
+        densities = tl.exp2(
+            mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, 0, num_gaussians, ACC)
+        )
+        for k in tl.static_range(1, UNROLLED):
+            term = mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+            if k == 7 and ACC == tl.float32:
+                densities += exp2_polynomial(term)
+            else:
+                densities += tl.exp2(term)
+    else:
+        densities = tl.zeros_like(d)
+        for k in range(num_gaussians):
+            densities += tl.exp2(
+                mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+            )
+    return tl.where(domain, densities, 0.0)
+
+
+@triton.jit
+def mixture_peak(
+    d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC: tl.constexpr
+):  # fmt: skip
+    """The largest term of each slice's mixture, as log2; -FAR where there is none."""
+    nothing = tl.zeros_like(rstd)
+    top = nothing - FAR
+    for k in range(num_gaussians):
+        term = mixture_term(d, rstd, nothing, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+        top = tl.maximum(top, tl.max(tl.where(domain, term, -FAR), axis=0))
+    return top
+
+
+@triton.jit
+def mixture_over_peak(
+    d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
+    UNROLLED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(densities over a peak of their slice, their sum, log2 of the peak).
+
+    The peak is 1, which costs nothing to find. Only where the sum says that this will not do is it the slice's largest
+    term: where all of the slice lies far from all Gaussians, or the shares are far from 1 as they are. ``asked`` marks
+    the slices that count.
+    """
+    top = tl.zeros_like(rstd)
+    densities = mixture_density(
+        d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, UNROLLED, ACC
+    )
+    total = tl.sum(densities, axis=0)
+    near = (total >= FADED) & (total <= 1.0 / FADED)  # which a NaN is not
+    far = asked & (near == 0)
+    if tl.max(far.to(tl.int32), axis=0) > 0:
+        peak = mixture_peak(d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC)
+        top = tl.where(far, peak, top)
+        densities = mixture_density(
+            d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, 0, ACC
+        )
+        total = tl.sum(densities, axis=0)
+    return densities, total, top
+
+
+@triton.jit
+def mixture_at_peak(top, EPS: tl.constexpr):
+    """log2 of the peak over eps."""
+    return top - (tl.log(tl.full([], EPS, tl.float64)) * LOG2_E).to(top.dtype)
+
+
+@triton.jit
+def gaussian_part(
+    d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, feature, inside, num_gaussians,
+    EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Of Gaussian k: (its part of the densities, e, e / c^2, how much of its width grows with sqrt(var)).
+
+    d is x - mean. The mixture's parts are over 2^top, to the last bit those of which ``top`` is the largest; others are
+    as they are, and have no top. ``feature`` is what ``parameter_number`` gave. The gate's Gaussians have eps added to
+    their width; the per-feature one has c in the place of c^2.
+    """
+    grows = 1.0
+    if NORMALISED:
+        offset, width, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+        narrowness = narrowness_of(width)
+        u = distance_from(d, rstd, offset, narrowness)
+        part = tl.exp2((share - top)[None, :] - u * u)
+        e = u * (tl.abs(width) * (1.0 / ROOT_HALF_LOG2_E))
+        over_width = u * (narrowness * (2.0 * LN_2))
+    else:
+        if PER_FEATURE:
+            offset = tl.load(mean_offsets_ptr + feature, mask=inside, other=0.0).to(ACC)
+            inverse = inverse_of(tl.load(c_ptr + feature, mask=inside, other=1.0).to(ACC))[None, :]
+            share = tl.zeros_like(rstd)
+        else:
+            offset, width, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+            share += tl.zeros_like(rstd)
+            whole = width + EPS * rstd
+            inverse = inverse_of(whole * whole)[None, :]
+            grows = width / whole
+        e = d * rstd[None, :] - (offset * rstd)[None, :]
+        # Not e^2: where it overflows, it may be 0 times infinity.
+        part = tl.exp2(share[None, :] - e * (e * (inverse * (0.5 * LOG2_E))))
+        over_width = e * inverse
+    return part, e, over_width, grows
+
+
+@triton.jit
+def gate_density(
+    d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians,
+    EPS: tl.constexpr, PER_FEATURE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The densities that are not normalised: K exponentials an element."""
+    densities = tl.zeros_like(d)
+    for k in range(num_gaussians):
+        part, _e, _over_width, _grows = gaussian_part(
+            d, rstd, rstd, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, feature, inside, num_gaussians,
+            EPS, False, PER_FEATURE, ACC,
+        )  # fmt: skip
+        densities += part
+    return tl.where(domain, densities, 0.0)
+
+
+@triton.jit
+def merge_mixture(partials_ptr, number, num_slices, num_chunks, inside, BLOCK_C: tl.constexpr):
+    """(log2 of the peak, sum of densities over it) of whole slices from those of their runs."""
+    at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
+    tops = tl.load(partials_ptr + at, mask=there, other=-FAR)
+    totals = tl.load(partials_ptr + num_slices * num_chunks + at, mask=there, other=0.0)
+    top = tl.max(tops, axis=0)
+    return top, tl.sum(tl.where(totals != 0.0, totals * tl.exp2(tops - top[None, :]), 0.0), axis=0)
