@@ -43,13 +43,19 @@ from .density_math import (
 )
 from .host import SIZES, arithmetic_type, device_of, prepare, run, viewable
 from .mixture_math import (
+    centred_gradient,
     gate_density,
+    gate_gradient,
     gaussian_part,
+    gradient_seen_from,
     merge_mixture,
     mixture_at_peak,
     mixture_density,
     mixture_over_peak,
+    partial_number,
+    slopes,
 )
+from .mixture_parameters import feature_parameter_gradients, mixture_parameter_gradients
 from .tiles import (
     find_valid,
     first_valid,
@@ -59,89 +65,8 @@ from .tiles import (
     rows_within,
     slice_number,
     slice_offsets,
-    store_rounded,
     tile_offsets,
 )
-
-
-@triton.jit
-def gradient_seen_from(g_valid, from_x0, x0, g0):
-    """q = x0 (g - g0) + g (x - x0) of a tile, for any x0 and g0 of its slices."""
-    return (g_valid - g0[None, :]) * x0[None, :] + g_valid * from_x0
-
-
-@triton.jit
-def centred_gradient(
-    q, q_mean, g_valid, x, scale, domain, count, clamped, CLAMP: tl.constexpr, EXCLUDE: tl.constexpr
-):  # fmt: skip
-    """h of a tile; ``q_mean`` is the weighted mean of q."""
-    h = q - q_mean[None, :]
-    if CLAMP:
-        h = tl.where(clamped[None, :], g_valid * x, h)
-    h = tl.where(domain, h * scale[None, :], 0.0)
-    if EXCLUDE:
-        h = tl.where((count < 2.0)[None, :], 0.0, h)
-    return h
-
-
-@triton.jit
-def gate_gradient(g, g_valid, x, domain, MULTIPLY: tl.constexpr):
-    """The gradient of the weights of a density that is not normalised: g x of what is valid, or g if y is they."""
-    h = g_valid * x if MULTIPLY else g
-    return tl.where(domain, h, 0.0)
-
-
-@triton.jit
-def slopes(
-    d, rstd, h, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
-    head, feature, inside, partial, num_gaussians, num_partials,
-    EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """(sum_k m_jk h_j e_jk / c_k^2 of a tile, its sum over the tile, that of the same times e_jk).
-
-    Saves the sums over the tile that the gradients of the Gaussians need, at [head, k, 3, partial]; of the per-feature
-    one those of each slice, at [head, 2, partial of the slice]. Where there are no partials it saves nothing.
-    """
-    slope = tl.zeros_like(d)
-    first = tl.zeros_like(rstd)
-    second = tl.zeros_like(rstd)
-    for k in range(num_gaussians):
-        part, e, over_width, grows = gaussian_part(
-            d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, feature, inside, num_gaussians,
-            EPS, NORMALISED, PER_FEATURE, ACC,
-        )  # fmt: skip
-        share = tl.where(domain, part, 0.0) * h
-        by_e = share * over_width
-        slope += by_e
-        sum_e = tl.sum(by_e, axis=0)
-        sum_ee = tl.sum(by_e * e, axis=0)
-        if not NORMALISED:
-            sum_ee *= grows
-        first += sum_e
-        second += sum_ee
-        if partials_ptr is not None:
-            if PER_FEATURE:
-                at = partials_ptr + head.to(tl.int64) * 2 * num_partials + partial
-                tl.store(at, sum_e * rstd, mask=inside)
-                tl.store(at + num_partials, sum_ee, mask=inside)
-            else:
-                at = partials_ptr + (head.to(tl.int64) * num_gaussians + k) * 3 * num_partials + partial
-                tl.store(at, tl.sum(tl.where(inside, tl.sum(share, axis=0), 0.0), axis=0))
-                tl.store(at + num_partials, tl.sum(tl.where(inside, sum_e * rstd, 0.0), axis=0))
-                tl.store(at + 2 * num_partials, tl.sum(tl.where(inside, sum_ee, 0.0), axis=0))
-    return slope, first, second
-
-
-@triton.jit
-def partial_number(
-    block, o, i, inner, tile, tiles, num_chunks, PER_FEATURE: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr
-):
-    """Where a tile's partial sums go: by its block, run and tile; or [outer, run, tile, inner] of each slice."""
-    block = o if PER_FEATURE else block
-    number = (block * tl.maximum(num_chunks, 1) + tl.program_id(1)) * tiles + tile
-    if PER_FEATURE:
-        number = number * inner * (VEC if COLUMNS else 1) + i
-    return number
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -500,63 +425,6 @@ def mixture_split_gradient(
         )  # fmt: skip
         at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)
-
-
-@triton.jit
-def add_partials(at, num_partials, BLOCK_P: tl.constexpr):
-    """The sum of a row of partial sums, in float64 and a fixed order."""
-    lane = tl.arange(0, BLOCK_P)
-    total = tl.zeros([BLOCK_P], tl.float64)
-    for first in range(0, num_partials, BLOCK_P):
-        total += tl.load(at + first + lane, mask=first + lane < num_partials, other=0.0).to(tl.float64)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def mixture_parameter_gradients(
-    partials_ptr, c_ptr, d_mean_offsets_ptr, d_c_ptr, d_log_shares_ptr, num_gaussians, num_partials,
-    BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """Adds the partial sums [heads, gaussians, 3, partials] of one Gaussian of one head."""
-    number = tl.program_id(0).to(tl.int64) * num_gaussians + tl.program_id(1)
-    at = partials_ptr + number * 3 * num_partials
-    width = tl.load(c_ptr + number).to(tl.float64)
-    store_rounded(d_log_shares_ptr + number, add_partials(at, num_partials, BLOCK_P), None)
-    store_rounded(d_mean_offsets_ptr + number, add_partials(at + num_partials, num_partials, BLOCK_P), None)
-    store_rounded(d_c_ptr + number, add_partials(at + 2 * num_partials, num_partials, BLOCK_P) / width, None)
-
-
-@triton.jit
-def add_rows(at, rows, features, inside, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
-    """The sums over rows of partial sums [rows, features], in float64 and a fixed order; ``at`` is the first row."""
-    lane = tl.arange(0, BLOCK_N)
-    total = tl.zeros([BLOCK_N, BLOCK_F], tl.float64)
-    for first in range(0, rows, BLOCK_N):
-        row = first + lane
-        there = (row < rows)[:, None] & inside[None, :]
-        pointers = at[None, :] + row.to(tl.int64)[:, None] * features
-        total += tl.load(pointers, mask=there, other=0.0).to(tl.float64)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def feature_parameter_gradients(
-    partials_ptr, c_ptr, d_mean_offsets_ptr, d_c_ptr, inner, num_partials,
-    COLUMNS: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """Adds the partial sums [heads, 2, rows, features] of some features of one head."""
-    features = inner * (VEC if COLUMNS else 1)
-    head = tl.program_id(0).to(tl.int64)
-    feature = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    inside = feature < features
-    at = partials_ptr + head * 2 * num_partials + feature
-    number = head * features + feature
-    width = tl.load(c_ptr + number, mask=inside, other=1.0).to(tl.float64)
-    rows = num_partials // features
-    d_offset = add_rows(at, rows, features, inside, BLOCK_N, BLOCK_F)
-    d_width = 0.5 * add_rows(at + num_partials, rows, features, inside, BLOCK_N, BLOCK_F) / width
-    store_rounded(d_mean_offsets_ptr + number, d_offset, inside)
-    store_rounded(d_c_ptr + number, d_width, inside)
 
 
 def mixture_backward(

@@ -1,4 +1,4 @@
-"""The densities that are sums of Gaussians, mixture, gate and per-feature, in functions of Triton.
+"""The densities that are sums of Gaussians, mixture, gate and per-feature, and their slopes, in functions of Triton.
 
 Shapes and names are those of ``density_math``.
 """
@@ -201,3 +201,83 @@ def merge_mixture(partials_ptr, number, num_slices, num_chunks, inside, BLOCK_C:
     totals = tl.load(partials_ptr + num_slices * num_chunks + at, mask=there, other=0.0)
     top = tl.max(tops, axis=0)
     return top, tl.sum(tl.where(totals != 0.0, totals * tl.exp2(tops - top[None, :]), 0.0), axis=0)
+
+
+@triton.jit
+def gradient_seen_from(g_valid, from_x0, x0, g0):
+    """q = x0 (g - g0) + g (x - x0) of a tile, for any x0 and g0 of its slices."""
+    return (g_valid - g0[None, :]) * x0[None, :] + g_valid * from_x0
+
+
+@triton.jit
+def centred_gradient(
+    q, q_mean, g_valid, x, scale, domain, count, clamped, CLAMP: tl.constexpr, EXCLUDE: tl.constexpr
+):  # fmt: skip
+    """h of a tile; ``q_mean`` is the weighted mean of q."""
+    h = q - q_mean[None, :]
+    if CLAMP:
+        h = tl.where(clamped[None, :], g_valid * x, h)
+    h = tl.where(domain, h * scale[None, :], 0.0)
+    if EXCLUDE:
+        h = tl.where((count < 2.0)[None, :], 0.0, h)
+    return h
+
+
+@triton.jit
+def gate_gradient(g, g_valid, x, domain, MULTIPLY: tl.constexpr):
+    """The gradient of the weights of a density that is not normalised: g x of what is valid, or g if y is they."""
+    h = g_valid * x if MULTIPLY else g
+    return tl.where(domain, h, 0.0)
+
+
+@triton.jit
+def slopes(
+    d, rstd, h, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
+    head, feature, inside, partial, num_gaussians, num_partials,
+    EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(sum_k m_jk h_j e_jk / c_k^2 of a tile, its sum over the tile, that of the same times e_jk).
+
+    Saves the sums over the tile that the gradients of the Gaussians need, at [head, k, 3, partial]; of the per-feature
+    one those of each slice, at [head, 2, partial of the slice]. Where there are no partials it saves nothing.
+    """
+    slope = tl.zeros_like(d)
+    first = tl.zeros_like(rstd)
+    second = tl.zeros_like(rstd)
+    for k in range(num_gaussians):
+        part, e, over_width, grows = gaussian_part(
+            d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, feature, inside, num_gaussians,
+            EPS, NORMALISED, PER_FEATURE, ACC,
+        )  # fmt: skip
+        share = tl.where(domain, part, 0.0) * h
+        by_e = share * over_width
+        slope += by_e
+        sum_e = tl.sum(by_e, axis=0)
+        sum_ee = tl.sum(by_e * e, axis=0)
+        if not NORMALISED:
+            sum_ee *= grows
+        first += sum_e
+        second += sum_ee
+        if partials_ptr is not None:
+            if PER_FEATURE:
+                at = partials_ptr + head.to(tl.int64) * 2 * num_partials + partial
+                tl.store(at, sum_e * rstd, mask=inside)
+                tl.store(at + num_partials, sum_ee, mask=inside)
+            else:
+                at = partials_ptr + (head.to(tl.int64) * num_gaussians + k) * 3 * num_partials + partial
+                tl.store(at, tl.sum(tl.where(inside, tl.sum(share, axis=0), 0.0), axis=0))
+                tl.store(at + num_partials, tl.sum(tl.where(inside, sum_e * rstd, 0.0), axis=0))
+                tl.store(at + 2 * num_partials, tl.sum(tl.where(inside, sum_ee, 0.0), axis=0))
+    return slope, first, second
+
+
+@triton.jit
+def partial_number(
+    block, o, i, inner, tile, tiles, num_chunks, PER_FEATURE: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr
+):
+    """Where a tile's partial sums go: by its block, run and tile; or [outer, run, tile, inner] of each slice."""
+    block = o if PER_FEATURE else block
+    number = (block * tl.maximum(num_chunks, 1) + tl.program_id(1)) * tiles + tile
+    if PER_FEATURE:
+        number = number * inner * (VEC if COLUMNS else 1) + i
+    return number
