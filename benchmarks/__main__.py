@@ -8,6 +8,7 @@ import sys
 from .additive import cli as additive
 from .alignment import cli as alignment
 from .bags import cli as bags
+from .host import cli as host
 from .kernels import cli as kernels
 from .pool import cli as pool
 from .quickstart import cli as quickstart
@@ -16,6 +17,7 @@ _FAMILIES = {
     "additive": additive,
     "alignment": alignment,
     "bags": bags,
+    "host": host,
     "kernels": kernels,
     "pool": pool,
     "quickstart": quickstart,
