@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .checks import FLOATING_TYPES, check_choice, check_dropout, shape_of
+from .checks import FLOATING_TYPES, check_choice, check_dropout, check_mask, check_scale, shape_of
 from .backends import BACKENDS
 from .ops import additive_attention as operator
 from .options import AdditiveOptions
 
-_PROJECTED = {"query": "[batch, heads, Tq, hidden]", "key": "[batch, heads, Tk, hidden]"}
+_TRUE = "where a key must not be seen"  # of a boolean mask
 
 
 def additive_attention(
@@ -77,7 +75,7 @@ def additive_attention(
             attn_mask, key_padding_mask = _added(attn_mask, key_padding_mask[:, None, None, :]), None
     dropout_p = check_dropout("dropout_p", dropout_p)
     check_choice("backend", backend, ("auto", *BACKENDS))
-    options = AdditiveOptions(bool(is_causal), dropout_p, _check_scale(scale), bool(fast_tanh), bool(need_weights))
+    options = AdditiveOptions(bool(is_causal), dropout_p, check_scale(scale, 1.0), bool(fast_tanh), bool(need_weights))
     seed = torch.randint(1 << 62, (1,), device=query.device) if dropout_p else None
     output, weights = operator.apply(query, key, value, weight, attn_mask, key_padding_mask, seed, options, backend)
     output = output.to(query.dtype)
@@ -124,7 +122,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) ->
 
 def _check_attn_mask(mask: Tensor, query: Tensor, size: tuple[int, ...]) -> Tensor:
     """The mask with 4 dimensions."""
-    _check_mask_type("attn_mask", mask, query)
+    check_mask("attn_mask", mask, _TRUE, "query", query, added=True)
     fits = mask.dim() <= 4 and all(m in (1, n) for m, n in zip(mask.shape[::-1], size[::-1]))
     if not fits:
         raise ValueError(
@@ -135,19 +133,9 @@ def _check_attn_mask(mask: Tensor, query: Tensor, size: tuple[int, ...]) -> Tens
 
 
 def _check_key_padding_mask(mask: Tensor, query: Tensor, size: tuple[int, ...]) -> None:
-    _check_mask_type("key_padding_mask", mask, query)
+    check_mask("key_padding_mask", mask, _TRUE, "query", query, added=True)
     if mask.shape != (size[0], size[3]):
         raise ValueError(f"key_padding_mask must have shape [batch={size[0]}, Tk={size[3]}], got {shape_of(mask)}")
-
-
-def _check_mask_type(name: str, mask: Tensor, query: Tensor) -> None:
-    takes = "boolean, True where a key must not be seen, or of a floating-point type, to be added to the scores"
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a tensor, {takes}, got {type(mask).__name__}")
-    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-        raise TypeError(f"{name} must be {takes}, got {mask.dtype}")
-    if mask.device != query.device:
-        raise ValueError(f"{name} must be on query's device, {query.device}, got {mask.device}")
 
 
 def _added(attn_mask: Tensor | None, key_mask: Tensor) -> Tensor:
@@ -157,13 +145,3 @@ def _added(attn_mask: Tensor | None, key_mask: Tensor) -> Tensor:
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=key_mask.dtype).masked_fill(attn_mask, -torch.inf)
     return attn_mask + key_mask
-
-
-def _check_scale(scale: float | None) -> float:
-    if scale is None:
-        return 1.0
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    return float(scale)

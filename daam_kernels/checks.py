@@ -29,12 +29,35 @@ def check_finite(name: str, value: float) -> float:
     return value
 
 
+def check_scale(scale: float | None, default: float) -> float:
+    if scale is None:
+        return default
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if not -math.inf < scale < math.inf:  # comparisons alone: torch.compile may hand over a symbol for a number
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
 def check_dropout(name: str, p: float) -> float:
     if isinstance(p, bool) or not isinstance(p, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(p).__name__}")
     if not 0 <= p < 1:
         raise ValueError(f"{name} must be in [0, 1), got {p}")
     return float(p)
+
+
+def check_mask(name: str, mask: Tensor, true_where: str, owner: str, x: Tensor, added: bool = False) -> None:
+    """A boolean mask, True ``true_where``, or with ``added`` one of numbers too, on the device of ``owner``, x."""
+    fits = isinstance(mask, Tensor) and (mask.dtype == torch.bool or added and mask.dtype.is_floating_point)
+    if not fits:
+        takes = f"a boolean tensor, True {true_where}"
+        if added:
+            takes += ", or one of a floating-point type, to be added to the scores"
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be {takes}, got {got}")
+    if mask.device != x.device:
+        raise ValueError(f"{name} must be on {owner}'s device, {x.device}, got {mask.device}")
 
 
 def shape_of(t: Tensor) -> list[int]:

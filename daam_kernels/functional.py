@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .checks import FLOATING_TYPES, check_choice, shape_of
+from .checks import FLOATING_TYPES, check_choice, check_mask, shape_of
 from .backends import BACKENDS
 from .ops import density_block as block
 from .ops import eager
@@ -390,12 +390,7 @@ def _check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None) -> int 
 
 
 def _check_mask(mask: Tensor, x: Tensor) -> None:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a boolean tensor, got {type(mask).__name__}")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a boolean tensor, True where x is valid, got {mask.dtype}")
-    if mask.device != x.device:
-        raise ValueError(f"mask must be on x's device, {x.device}, got {mask.device}")
+    check_mask("mask", mask, "where x is valid", "x", x)
     fits = mask.dim() <= x.dim() and all(m == 1 or m == n for m, n in zip(mask.shape[::-1], x.shape[::-1]))
     if not fits:
         raise ValueError(f"mask must broadcast to x's shape {shape_of(x)}, got {shape_of(mask)}")

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
@@ -230,8 +231,11 @@ class AttentionMechanism(nn.Module):
             ValueError: the file is not one of these.
         """
         numpy, path = _numpy("load"), _checked_path(path)
-        with numpy.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        try:
+            with numpy.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except (ValueError, EOFError, BadZipFile):
+            arrays = {}
         if "description" not in arrays:
             raise ValueError(f"path must be a file that AttentionMechanism.save wrote, got {os.fspath(path)!r}")
         described = json.loads(str(arrays.pop("description")))

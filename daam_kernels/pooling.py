@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .checks import FLOATING_TYPES, check_choice, check_dropout, shape_of
+from .checks import FLOATING_TYPES, check_choice, check_dropout, check_mask, check_scale, shape_of
 from .functional import _check_max_seqlen
 from .ops.attention_pool import Pooling, apply
 
@@ -103,7 +101,9 @@ def pool(
     _check_x(x, cu_seqlens)
     scorer = _checked_scorer(x, query, key_weight, key_bias, gate_weight, gate_bias)
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, x, lengths)
+        _check_cu_seqlens(cu_seqlens, x)
+        if lengths is not None:
+            raise ValueError("lengths must be None where cu_seqlens is given, which says as much")
         cu_seqlens = cu_seqlens.contiguous()
     max_seqlen = _check_max_seqlen(max_seqlen, cu_seqlens)
     if key_padding_mask is not None:
@@ -111,7 +111,7 @@ def pool(
     if lengths is not None:
         _check_lengths(lengths, x)
         lengths = lengths.contiguous()
-    scale = _check_scale(scale, x, key_weight)
+    scale = check_scale(scale, x.shape[-1] ** -0.5 if key_weight is None else 1.0)
     dropout_p = check_dropout("dropout_p", dropout_p)
     check_choice("backend", backend, _BACKENDS)
 
@@ -189,13 +189,11 @@ def _checked_scorer(x: Tensor, query: Tensor, *others: Tensor | None) -> list[Te
     return [query if query.dim() == 2 else query.unsqueeze(0), *others]
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, lengths: Tensor | None) -> None:
+def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
     """All but its numbers, which are checked where they are there."""
     _check_counts("cu_seqlens", cu_seqlens, x)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must have shape [bags + 1], got {shape_of(cu_seqlens)}")
-    if lengths is not None:
-        raise ValueError("lengths must be None where cu_seqlens is given, which says as much")
 
 
 def _check_lengths(lengths: Tensor, x: Tensor) -> None:
@@ -214,21 +212,6 @@ def _check_counts(name: str, counts: Tensor, x: Tensor) -> None:
 
 
 def _check_mask(mask: Tensor, x: Tensor) -> None:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"key_padding_mask must be a boolean tensor, got {type(mask).__name__}")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"key_padding_mask must be a boolean tensor, True where x is padding, got {mask.dtype}")
-    if mask.device != x.device:
-        raise ValueError(f"key_padding_mask must be on x's device, {x.device}, got {mask.device}")
+    check_mask("key_padding_mask", mask, "where x is padding", "x", x)
     if mask.shape != x.shape[:-1]:
         raise ValueError(f"key_padding_mask must have shape {list(x.shape[:-1])}, got {shape_of(mask)}")
-
-
-def _check_scale(scale: float | None, x: Tensor, key_weight: Tensor | None) -> float:
-    if scale is None:
-        return x.shape[-1] ** -0.5 if key_weight is None else 1.0
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}")
-    return float(scale)

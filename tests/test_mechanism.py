@@ -104,8 +104,10 @@ def test_a_file_before_any_fit(tmp_path):
     with pytest.raises(RuntimeError, match="predict needs a fit"):
         loaded.predict([EXAMPLE])
     np.savez(tmp_path / "other.npz", a=1)
-    with pytest.raises(ValueError, match="a file that AttentionMechanism.save wrote"):
-        AttentionMechanism.load(tmp_path / "other.npz")
+    (tmp_path / "text.npz").write_text("not an archive")
+    for name in ("other.npz", "text.npz"):
+        with pytest.raises(ValueError, match="a file that AttentionMechanism.save wrote"):
+            AttentionMechanism.load(tmp_path / name)
 
 
 def test_the_picture(tmp_path):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_count, check_dropout, shape_of
+from ..checks import FLOATING_TYPES, check_choice, check_count, check_dropout, shape_of
 from ..additive import additive_attention
 from ..backends import BACKENDS
 
@@ -119,8 +119,8 @@ class AdditiveAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set the parameters anew: projections by Xavier's uniform rule, biases 0, ``weight`` as a Linear to one."""
-        for projection in (self.query_proj, self.key_proj, self.value_proj, self.out_proj):
-            if projection is not None:
+        for projection in (self.query_proj, self.key_proj, self.value_proj, self.out_proj, self.linear_out):
+            if isinstance(projection, nn.Linear):
                 nn.init.xavier_uniform_(projection.weight)
                 if projection.bias is not None:
                     nn.init.zeros_(projection.bias)
@@ -162,7 +162,7 @@ class AdditiveAttention(nn.Module):
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it, what it got and what it takes.
         """
-        is_batched = _check_input("query", query, self.input_dim, "input_dim")
+        is_batched = self._check_input("query", query, self.input_dim, "input_dim")
         if not isinstance(key, ProjectedKeys):
             key = self.project_keys(key, value)
         elif value is not None:
@@ -174,7 +174,13 @@ class AdditiveAttention(nn.Module):
         batch = query.shape[0] if is_batched else 1
         if key.key.shape[0] != batch:
             raise ValueError(f"key must have query's batch of {batch}, got {key.key.shape[0]}")
-        if key_padding_mask is not None and not is_batched and isinstance(key_padding_mask, Tensor):
+        if isinstance(key_padding_mask, Tensor) and not is_batched:
+            if key_padding_mask.dim() != 1:
+                keys = key.key.shape[2]
+                raise ValueError(
+                    f"key_padding_mask must have shape [Tk={keys}] where query is unbatched, "
+                    f"got {shape_of(key_padding_mask)}"
+                )
             key_padding_mask = key_padding_mask.unsqueeze(0)
         if isinstance(attn_mask, Tensor) and attn_mask.dim() == 3 and len(attn_mask) == batch * self.num_heads:
             attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
@@ -203,13 +209,13 @@ class AdditiveAttention(nn.Module):
 
         Args and errors are as there.
         """
-        is_batched = _check_input("key", key, self.kdim, "kdim")
+        is_batched = self._check_input("key", key, self.kdim, "kdim")
         if value is None:
             value = key
         vdim = self.vdim if self.value_proj is None else self.value_proj.in_features
         if isinstance(value, Tensor) and value.dim() != key.dim():
             raise ValueError(f"value must have key's {key.dim()} dimensions, got shape {shape_of(value)}")
-        _check_input("value", value, vdim, "vdim")
+        self._check_input("value", value, vdim, "vdim")
         if value.shape[:-1] != key.shape[:-1]:
             raise ValueError(f"value must have one row for each key, {shape_of(key)[:-1]}, got shape {shape_of(value)}")
         if not is_batched:
@@ -217,9 +223,29 @@ class AdditiveAttention(nn.Module):
         key = self._heads(self.key_proj(key))
         if self.value_proj is not None:
             value = self.value_proj(value)
-        elif torch.is_autocast_enabled(value.device.type):
+        elif value.dtype != key.dtype and torch.is_autocast_enabled(value.device.type):
             value = value.to(key.dtype)
         return ProjectedKeys(key, self._heads(value), is_batched)
+
+    def _check_input(self, name: str, t: Tensor, size: int | None, of: str) -> bool:
+        """Whether the input is batched; ``size`` None where any will do."""
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if t.dtype not in FLOATING_TYPES:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
+        if t.is_nested:
+            raise TypeError(f"{name} must be one dense tensor, got a nested one: pad it, with a key_padding_mask")
+        expected = of if size is None else f"{of}={size}"
+        if t.dim() not in (2, 3) or size not in (None, t.shape[-1]):
+            raise ValueError(f"{name} must have shape [batch, T, {expected}] or [T, {expected}], got {shape_of(t)}")
+        if name == "key" and t.shape[-2] == 0:
+            raise ValueError(f"key must have at least 1 key, got an empty set of keys, shape {shape_of(t)}")
+        if t.device != self.weight.device:
+            raise ValueError(f"{name} must be on the module's device, {self.weight.device}, got {t.device}")
+        own = self.query_proj.weight.dtype if isinstance(self.query_proj, nn.Linear) else t.dtype
+        if t.dtype != own and not torch.is_autocast_enabled(t.device.type):
+            raise TypeError(f"{name} must be of the module's type, {own}, got {t.dtype}")
+        return t.dim() == 3
 
     def _heads(self, t: Tensor) -> Tensor:
         """[batch, T, size] as [batch, heads, T, size of a head]."""
@@ -295,17 +321,3 @@ class AdditiveAttention(nn.Module):
         defaults = {"dropout": 0.0, "fast_tanh": False, "backend": "auto"}
         own = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
         return ", ".join((shown, *(f"{name}={value!r}" for name, value in own.items())))
-
-
-def _check_input(name: str, t: Tensor, size: int | None, of: str) -> bool:
-    """Whether the input is batched; ``size`` None where any will do."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if not t.dtype.is_floating_point:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
-    expected = of if size is None else f"{of}={size}"
-    if t.dim() not in (2, 3) or size not in (None, t.shape[-1]):
-        raise ValueError(f"{name} must have shape [batch, T, {expected}] or [T, {expected}], got {shape_of(t)}")
-    if name == "key" and t.shape[-2] == 0:
-        raise ValueError(f"key must have at least 1 key, got an empty set of keys, shape {shape_of(t)}")
-    return t.dim() == 3

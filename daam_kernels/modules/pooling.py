@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_count, check_dropout
-from ..pooling import _BACKENDS, pool
+from ..checks import FLOATING_TYPES, check_choice, check_count, check_dropout
+from ..pooling import _BACKENDS, _check_cu_seqlens, pool
 from ..reference.attention_pool import penalty
+from ..sequences import check_packing
 
 _SCORES = ("dot", "additive", "gated", "multihead")
 
@@ -135,7 +136,8 @@ class AttentionPool(nn.Module):
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it, what it got and what it takes.
         """
-        if isinstance(x, Tensor) and x.dim() and x.shape[-1] != self.embed_dim:
+        strided = isinstance(x, Tensor) and x.is_nested and x.layout != torch.jagged  # such a one has no shape
+        if isinstance(x, Tensor) and not strided and x.dim() and x.shape[-1] != self.embed_dim:
             raise ValueError(f"x must have embed_dim={self.embed_dim} numbers in a row, got shape {list(x.shape)}")
         options = dict(
             key_padding_mask=key_padding_mask, lengths=lengths, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
@@ -183,6 +185,8 @@ class AttentionPool(nn.Module):
         """
         if not isinstance(weights, Tensor):
             raise TypeError(f"weights must be a tensor, got {type(weights).__name__}: ask for need_weights=True")
+        if weights.dtype not in FLOATING_TYPES:
+            raise TypeError(f"weights must be float64, float32, bfloat16 or float16, got {weights.dtype}")
         if weights.is_nested:
             weights, cu_seqlens = weights.transpose(1, 2).values(), weights.offsets()
         axis, dims = (1, 3) if cu_seqlens is None else (-1, 2)
@@ -191,6 +195,8 @@ class AttentionPool(nn.Module):
             raise ValueError(f"weights must have shape {taken}, got {list(weights.shape)}")
         if cu_seqlens is None:
             return penalty(weights)
+        _check_cu_seqlens(cu_seqlens, weights)
+        check_packing(cu_seqlens, weights.shape[0], 1, None, 0)
         products = (weights.unsqueeze(1) * weights.unsqueeze(2)).flatten(1)
         sums = torch.segment_reduce(products, "sum", lengths=cu_seqlens.long().diff(), axis=0)
         identity = torch.eye(self.hops, dtype=weights.dtype, device=weights.device)

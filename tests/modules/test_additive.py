@@ -129,6 +129,7 @@ def test_keras_weights(use_scale):
     assert_close(got, torch.from_numpy(weights), 1e-12)
     assert_close(output, torch.from_numpy(weights @ v), 1e-12)
     assert module.weight.requires_grad == use_scale and len(list(module.parameters())) == 1
+    module.reset_parameters()  # there are no projections to reset
 
 
 def test_opennmt_weights():
@@ -189,6 +190,17 @@ CALLS = [
     (lambda m, q, k: m(q, m.project_keys(k), k), ValueError, "value must be None where key is ProjectedKeys"),
     (lambda m, q, k: m(q, "keys"), TypeError, "key must be a tensor, got str"),
     (lambda m, q, k: m(q, k, key_padding_mask=torch.ones(2, 4).bool()), ValueError, "key_padding_mask must have shape"),
+    (
+        lambda m, q, k: m(q[0], k[0], key_padding_mask=torch.ones(1, 5).bool()),
+        ValueError,
+        r"key_padding_mask must have shape \[Tk=5\] where query is unbatched, got \[1, 5\]",
+    ),
+    (
+        lambda m, q, k: m(q.double(), k),
+        TypeError,
+        "query must be of the module's type, torch.float32, got torch.float64",
+    ),
+    (lambda m, q, k: m(q, k.to("meta")), ValueError, "key must be on the module's device, cpu, got meta"),
     (lambda m, q, k: m.project_keys(k).append(k), TypeError, "more must be ProjectedKeys.* got Tensor"),
 ]
 

@@ -149,6 +149,12 @@ def test_bad_input_is_named():
         module.penalty(torch.ones(2, 3, 4))
     with pytest.raises(TypeError, match="ask for need_weights=True"):
         module.penalty(module(torch.ones(2, 3, 8))[1])
+    with pytest.raises(TypeError, match="weights must be float64, .* got torch.int64"):
+        module.penalty(torch.ones(1, 2, 3).long())
+    with pytest.raises(ValueError, match="cu_seqlens must end with .* 10, got 9"):
+        module.penalty(torch.ones(10, 2), torch.tensor([0, 9]))
+    with pytest.raises(ValueError, match="x must be dense or a nested tensor of the layout torch.jagged"):
+        module(torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)]))
 
 
 def test_repr_says_what_it_is():
