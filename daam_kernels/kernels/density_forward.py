@@ -61,7 +61,7 @@ def forward_resident(
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     CLAMP: tl.constexpr, EPS: tl.constexpr, MIXTURE: tl.constexpr, NORMALISED: tl.constexpr,
     PER_FEATURE: tl.constexpr, MULTIPLY: tl.constexpr, RESIDUAL: tl.constexpr,
-    UNROLLED: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
+    UNROLLED: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Reads x, writes y, the weights and 3 numbers per slice where asked for. One sweep."""
@@ -93,8 +93,9 @@ def forward_resident(
         if NORMALISED:
             asked = inside & (count > 0.0)
             weights, total, top = mixture_over_peak(
-                d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, UNROLLED, ACC
-            )
+                d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
+                UNROLLED, HALF, ACC,
+            )  # fmt: skip
             log_peak = mixture_at_peak(top, EPS)
         else:
             feature = parameter_number(head, i, inner, COLUMNS, VEC)
@@ -185,7 +186,7 @@ def split_normaliser(
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, tiles,
     x_stride_o, x_stride_r, x_stride_i, mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    EPS: tl.constexpr, MIXTURE: tl.constexpr, UNROLLED: tl.constexpr, ACC: tl.constexpr,
+    EPS: tl.constexpr, MIXTURE: tl.constexpr, UNROLLED: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr,
     COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -225,8 +226,9 @@ def split_normaliser(
             d = (x - x0[None, :]) - mean[None, :]
             asked = tl.max(domain.to(tl.int32), axis=0) > 0
             _densities, added, found = mixture_over_peak(
-                d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, UNROLLED, ACC
-            )
+                d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
+                UNROLLED, HALF, ACC,
+            )  # fmt: skip
             peak = tl.maximum(before, found)
             kept = total * tl.exp2(before - peak)
             added *= tl.exp2(found - peak)
@@ -260,7 +262,7 @@ def split_output(
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     CLAMP: tl.constexpr, EPS: tl.constexpr, MIXTURE: tl.constexpr, NORMALISED: tl.constexpr,
     PER_FEATURE: tl.constexpr, MULTIPLY: tl.constexpr, RESIDUAL: tl.constexpr,
-    UNROLLED: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
+    UNROLLED: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads x, writes y, the weights and 3 numbers per slice where asked for."""
@@ -316,7 +318,7 @@ def split_output(
         elif MIXTURE:
             densities = mixture_density(
                 (x - x0[None, :]) - mean[None, :], rstd, domain, peak,
-                mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, UNROLLED, ACC,
+                mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, UNROLLED, HALF, ACC,
             )  # fmt: skip
         else:
             gap = standardise(x - x0[None, :], mean, rstd, center) - peak[None, :]

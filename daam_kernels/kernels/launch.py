@@ -138,6 +138,7 @@ def density_launch(
         "BLOCK_P": min(_REDUCTION, _power_of_two(num_partials)),
         "BLOCK_F": min(_FEATURES, _power_of_two(view.inner)),
         "BLOCK_N": _ROWS,
+        "HALF": itemsize == 2,
         "UNROLLED": _unrolled(tile, num_mixed, itemsize),
         **flags,
     }

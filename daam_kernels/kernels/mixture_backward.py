@@ -111,7 +111,7 @@ def mixture_backward_resident(
     if NORMALISED:
         asked = inside & (count > 0.0)
         weights, total, top = mixture_over_peak(
-            d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, 0, ACC
+            d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, 0, False, ACC
         )
         # Seen from the element of largest density, and from the weighted mean of g: q is 0 where all the weight may be.
         largest = domain & (weights == tl.max(weights, axis=0)[None, :])
@@ -401,7 +401,7 @@ def mixture_split_gradient(
         d = from_x0 - mean[None, :]
         if NORMALISED:
             densities = mixture_density(
-                d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, 0, ACC
+                d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, 0, False, ACC
             )
             weights = finish_weights(densities, scale, valid, count, EXCLUDE)
             q = gradient_seen_from(g_valid, from_x0, x0, g0)

@@ -70,20 +70,15 @@ def forward_per_element(compiled, name, dtype):
     return {kind: number / elements for kind, number in kernel["shortest"].items()}, aot.DTYPES[dtype].itemsize
 
 
-def test_a_mixture_of_eight_in_float32_computes_no_longer_than_it_reads_and_writes(compiled):
-    taken, size = forward_per_element(compiled, "mixture of 8 Gaussians", "fp32")
-    assert 7 <= taken["exponentials"] < 7.2  # all are on the path, of which one is a polynomial
+@pytest.mark.parametrize(
+    "gaussians, dtype, exponentials", [(8, "fp32", (7, 7.2)), (4, "bf16", (3.6, 3.7))], ids=["8-fp32", "4-bf16"]
+)
+def test_a_mixture_computes_no_longer_than_it_reads_and_writes(compiled, gaussians, dtype, exponentials):
+    """Of the exponentials, all of which are on the path, some are polynomials."""
+    taken, size = forward_per_element(compiled, f"mixture of {gaussians} Gaussians", dtype)
+    assert exponentials[0] <= taken["exponentials"] < exponentials[1]
     for kind, most in instructions.affordable(size).items():
         assert taken[kind] <= most, (kind, taken)
-
-
-def test_a_mixture_of_four_in_half_types_is_bound_by_its_exponentials_alone(compiled):
-    """They take 8% longer than the bytes."""
-    taken, size = forward_per_element(compiled, "mixture of 4 Gaussians", "bf16")
-    assert 4 <= taken["exponentials"] < 4.1
-    affordable = instructions.affordable(size)
-    assert taken["instructions"] <= affordable["instructions"], taken
-    assert taken["special"] <= 1.08 * affordable["special"], taken
 
 
 def test_instructions_are_counted_on_the_shortest_path():
