@@ -71,21 +71,25 @@ def wall_timer(calls: Sequence[Call], device: torch.device) -> Callable[[], floa
     return timer
 
 
-def graph_timer(calls: Sequence[Call]) -> Callable[[], float]:
-    """Seconds of device time per call, by CUDA events around the replay of one graph that holds all of ``calls``."""
+def graph_timer(prepared: Sequence[Callable[[], Call]]) -> Callable[[], float]:
+    """Seconds of device time per call, by CUDA events around the replay of one graph that holds all calls.
+
+    Each of ``prepared`` does what is not timed and returns what is.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what compiles or allocates at its first call must have done so before the capture
-        for _ in range(3):
+    with torch.cuda.stream(side):
+        calls = [prepare() for prepare in prepared]  # here, because a backward runs on the stream of its forward
+        for _ in range(3):  # what compiles or allocates at its first call must have done so before the capture
             calls[0]()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         for call in calls:
             call()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def timer() -> float:
+    def timer() -> float:  # holds on to the calls, whose memory the graph reads
         start.record()
         graph.replay()
         end.record()

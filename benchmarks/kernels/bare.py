@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from functools import partial
 from typing import Callable, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from daam_kernels import native
 from daam_kernels.options import DensityOptions
 
-from .contender import BOTH, CONTRACT, Contender
+from .contender import BACKWARD, CONTRACT, FORWARD, Call, Contender
 from .shapes import Case
 
 BARE, BARE_FRESH, BARE_HUGE = "bare kernel", "bare kernel, fresh output", "bare kernel, huge pages"
@@ -38,15 +39,21 @@ class Bare(Contender):
         self.outputs = None if fresh else tuple(torch.full_like(x, math.nan) for _ in range(2))
         self.of_parameters = tuple(torch.full_like(p, math.nan) for p in (self.mean_offsets, self.c))
 
+    def prepare(self, direction: str, x: Tensor, grad: Tensor) -> Call:
+        return partial(self._fill, direction, x, grad)
+
     @torch.no_grad()
-    def __call__(self, direction: str, x: Tensor, grad: Tensor) -> Sequence[Tensor]:
-        y = torch.empty_like(x) if self.outputs is None else self.outputs[0]
-        self.fill_y(x, self.mean_offsets, self.c, y)
-        if direction != BOTH:
-            return (y,)
-        dx = torch.empty_like(x) if self.outputs is None else self.outputs[1]
-        self._fill_gradients(grad, x, dx)
-        return y, dx, *self.of_parameters
+    def _fill(self, direction: str, x: Tensor, grad: Tensor) -> Sequence[Tensor]:
+        results: tuple[Tensor, ...] = ()
+        if direction != BACKWARD:
+            y = torch.empty_like(x) if self.outputs is None else self.outputs[0]
+            self.fill_y(x, self.mean_offsets, self.c, y)
+            results = (y,)
+        if direction != FORWARD:
+            dx = torch.empty_like(x) if self.outputs is None else self.outputs[1]
+            self._fill_gradients(grad, x, dx)
+            results += dx, *self.of_parameters
+        return results
 
     def _fill_gradients(self, grad: Tensor, x: Tensor, dx: Tensor) -> None:
         library = native._library()

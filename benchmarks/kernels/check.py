@@ -8,7 +8,7 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor
 
-from .contender import BOTH, Contender
+from .contender import BACKWARD, BOTH, FORWARD, Contender
 from .operators import OPERATORS
 from .shapes import Case
 
@@ -27,7 +27,7 @@ class Truth(NamedTuple):
 class Errors(NamedTuple):
     """Relative errors in the 2-norm; None where the direction does not compute it."""
 
-    y: float
+    y: float | None = None
     dx: float | None = None
     parameters: float | None = None
 
@@ -53,11 +53,12 @@ def truth(case: Case) -> Truth:
 
 def errors(direction: str, results: Sequence[Tensor], true: Truth) -> Errors:
     """How far what a contender returned for ``direction`` is from the truth."""
-    if direction != BOTH:
-        return Errors(relative_error(results[0], true.y))
-    y, dx, *gradients = results
+    of_y = None if direction == BACKWARD else relative_error(results[0], true.y)
+    if direction == FORWARD:
+        return Errors(of_y)
+    dx, *gradients = results[1:] if direction == BOTH else results
     worst = max(map(relative_error, _joined(gradients, true.parameters), true.parameters))
-    return Errors(relative_error(y, true.y), relative_error(dx, true.dx), worst)
+    return Errors(of_y, relative_error(dx, true.dx), worst)
 
 
 def _joined(gradients: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from ..environment import describe, usable_device
-from ..report import write_csv, write_json
+from . import selection
 from .bare import BARE
 from .contenders import FUSED
-from .data import make_case
-from .shapes import SHAPES
-from .sweep import Cell, Limits, measure, steps
+from .scaling import GROUPS
+from .shapes import SHAPES, Shape
+from .store import Results
+from .sweep import Limits, sweep
 from .table import section
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _RESULTS = Path("benchmarks") / "results"
 _QUICK_SHAPES = "tiny,wavlm"
+_INTERRUPTED = 130  # what a shell calls a program that Ctrl-C ended
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,16 +28,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--shapes",
-        help=f"comma-separated, of {', '.join(SHAPES)} (default: all on cuda; on cpu "
-        f"all but {', '.join(name for name, shape in SHAPES.items() if not shape.on_cpu)})",
+        help=f"comma-separated, of {', '.join(SHAPES)} (default: all of these on cuda; on cpu "
+        f"all but {', '.join(name for name, shape in SHAPES.items() if not shape.on_cpu)}), and of the groups "
+        f"{', '.join(GROUPS)}, in which one size grows",
     )
     parser.add_argument(
         "--dtype", help=f"comma-separated, of {', '.join(_DTYPES)} (default: float32, on cuda bfloat16 too)"
     )
     parser.add_argument(
-        "--num-gaussians", type=int, default=4, metavar="K",
-        help="where the shape does not say (default: %(default)s)",
+        "--direction", default="fwd,bwd,both", metavar="fwd,bwd,both",
+        help="bwd: the backward alone, after a forward that is not timed (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument("--contenders", help="comma-separated, by name or its first letters (default: all)")
+    parser.add_argument(
+        "--num-gaussians", type=selection.positive, metavar="K,...",
+        help=f"each shape with each (default: what the shape says, else {selection.DEFAULT_GAUSSIANS})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-heads", type=selection.positive, metavar="H,...", help="each shape with each (default: what it says)"
+    )
     parser.add_argument("--quick", action="store_true", help=f"shapes {_QUICK_SHAPES}, short timings, less compiled")
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS", help="timing per shape, type and direction (default: 3, quick: 0.5)"
@@ -52,72 +62,94 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: what torch chooses)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=_RESULTS, help="folder for the results (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same kind ended")
 
 
 def run(options: argparse.Namespace) -> int:
     """Sweep, print and write; returns the exit status: 1 where the fused operator or its kernel was wrong or failed."""
-    from tqdm import tqdm  # here and below: the extras are needed by whoever runs this, not by whoever asks for help
-
-    from .plots import plot
-
-    everything = ",".join(name for name, shape in SHAPES.items() if shape.on_cpu or options.device != "cpu")
-    default_shapes = _QUICK_SHAPES if options.quick else everything
-    default_dtypes = "float32,bfloat16" if options.device == "cuda" else "float32"
-    shapes = _chosen(options.shapes or default_shapes, SHAPES, "shape")
-    dtypes = _chosen(options.dtype or default_dtypes, _DTYPES, "dtype")
     device = usable_device(options.device)
+    cases = _cases(options, device)
+    limits = _limits(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    compile_slowly = not options.quick if options.compile_upstream is None else options.compile_upstream
-    limits = Limits(options.budget or (0.5 if options.quick else 3.0), options.call_limit, compile_slowly)
     environment = describe(device)
+    asked = {
+        "directions": list(limits.directions), "contenders": sorted(limits.names) if limits.names else None,
+        "budget": limits.budget, "call_limit": limits.call, "compile_upstream": limits.compile_slowly,
+        "seed": options.seed,
+    }  # fmt: skip
+    results = Results(options.out / f"kernels-{device.type}", environment, asked)
+    if options.resume:
+        results.take_up()
+        there = [case for case in cases if results.has(*case)]
+        cases = [case for case in cases if case not in there]
+        print(f"{len(there)} cases are there: {', '.join(f'{s.name} {_name(d)}' for s, d in there) or 'none'}")
     print(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None), flush=True)
     if device.type == "cpu" and (environment["load_at_start"] or 0) > 0.5:
         print("other work keeps this machine busy: threads wait for each other, small cases suffer most", flush=True)
 
-    cells: list[Cell] = []
-    plan = [(shape, dtype) for dtype in dtypes for shape in shapes]
-    weights = [_weight(shape.numel) for shape, _ in plan]
-    line = "{percentage:3.0f}%|{bar:24}| {elapsed}<{remaining} {desc}"
-    bar = tqdm(total=sum(weights), bar_format=line, dynamic_ncols=True)
     try:
-        for (shape, dtype), weight in zip(plan, weights):
-            case = make_case(shape, dtype, device, options.num_gaussians, options.seed)
-            step = weight / steps(case)
+        _sweep_all(cases, device, options.seed, limits, results)
+    except KeyboardInterrupt:
+        print(f"interrupted; with --resume the same command goes on after the cases in {results.json}")
+        return _INTERRUPTED
+    _finish(results)
+    ours = [row for row in results.rows if row["contender"].startswith((FUSED, BARE))]
+    return int(any(row["status"] in ("wrong", "failed") for row in ours))
 
-            def advance(what: str) -> None:
-                bar.set_description_str(f"{shape.name} {dtype}: {what}".replace("torch.", ""), refresh=False)
-                bar.update(step)
 
-            for group in measure(case, limits, advance):
+def _cases(options: argparse.Namespace, device: torch.device) -> list[tuple[Shape, torch.dtype]]:
+    on_gpu = device.type == "cuda"
+    everything = ",".join(name for name, shape in SHAPES.items() if shape.on_cpu or on_gpu)
+    shapes = selection.choose_shapes(options.shapes or (_QUICK_SHAPES if options.quick else everything), on_gpu)
+    default_dtypes = "float32,bfloat16" if on_gpu else "float32"
+    dtypes = selection.choose(options.dtype or default_dtypes, _DTYPES, "dtype")
+    shapes, notes = selection.multiply(shapes, options.num_gaussians, options.num_heads)
+    print(*notes, sep="\n", end="\n" if notes else "")
+    return [(shape, dtype) for dtype in dtypes for shape in shapes]
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    compile_slowly = not options.quick if options.compile_upstream is None else options.compile_upstream
+    directions = tuple(selection.choose(options.direction, selection.DIRECTIONS_BY_OPTION, "direction"))
+    names = selection.choose_contenders(options.contenders) if options.contenders else None
+    budget = options.budget or (0.5 if options.quick else 3.0)
+    return Limits(budget, options.call_limit, compile_slowly, directions, names)
+
+
+def _sweep_all(
+    cases: list[tuple[Shape, torch.dtype]], device: torch.device, seed: int, limits: Limits, results: Results
+) -> None:
+    from tqdm import tqdm  # here and below: the extras are needed by whoever runs this, not by whoever asks for help
+
+    line = "{percentage:3.0f}%|{bar:24}| {elapsed}<{remaining} {desc}"
+    weights = [_weight(shape.numel) for shape, _ in cases]
+    with tqdm(total=sum(weights) + 1e-6, bar_format=line, dynamic_ncols=True) as bar:
+        for i, (shape, dtype) in enumerate(cases):
+
+            def advance(what: str, share: float) -> None:
+                bar.set_description_str(f"{shape.name} {_name(dtype)}: {what}", refresh=False)
+                bar.update(share * weights[i])
+
+            cells = []
+            for group in sweep(shape, dtype, device, seed, limits, advance):
                 cells += group
                 bar.write(section(group))
-            del case
-    except torch.OutOfMemoryError as error:
-        bar.write(f"stopped, the inputs themselves do not fit: {error}")
-    finally:
-        bar.close()
-        if cells:
-            _write(options.out, f"kernels-{device.type}", environment, cells, plot)
-    ours = [cell for cell in cells if cell.contender.startswith((FUSED, BARE))]
-    return int(any(cell.status in ("wrong", "failed") for cell in ours))
+            results.add(cells)
+            bar.update(sum(weights[: i + 1]) - bar.n)  # a case that failed did not take its steps
 
 
-def _write(out: Path, stem: str, environment: dict, cells: list[Cell], plot) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    rows = [asdict(cell) for cell in cells]
-    write_json(out / f"{stem}.json", {"environment": environment, "rows": rows})
-    write_csv(out / f"{stem}.csv", [{**row, **environment} for row in rows])
-    pictures = plot(out / f"{stem}.csv", out)
-    print("written:", *(f"  {path}" for path in (out / f"{stem}.json", out / f"{stem}.csv", *pictures)), sep="\n")
+def _finish(results: Results) -> None:
+    """The pictures, and where everything is."""
+    from .plots import plot
+
+    if results.rows:
+        pictures = plot(results.csv, results.csv.parent)
+        print("written:", *(f"  {path}" for path in (results.json, results.csv, *pictures)), sep="\n")
 
 
-def _chosen(text: str, known: dict, what: str) -> list:
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise SystemExit(f"unknown {what} {name!r}, known are {', '.join(known)}")
-    return [known[name] for name in names]
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _weight(numel: int) -> float:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
 
-FORWARD, BOTH = "forward", "forward+backward"
-DIRECTIONS = (FORWARD, BOTH)
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+DIRECTIONS = (FORWARD, BACKWARD, BOTH)
+STREAMS = {FORWARD: 2, BACKWARD: 3, BOTH: 5}  # tensors of x's size that have to be read or written: x, y; x, g, dx
+Call = Callable[[], Sequence[Tensor]]
 
 
 class Tolerance(NamedTuple):
@@ -36,7 +39,7 @@ OTHERS = {
 
 
 class Contender:
-    """Something to time on one case. Called with a direction, x and grad, it does that direction's work once.
+    """Something to time on one case, in a direction at a time.
 
     Attributes:
         name: how it appears in tables.
@@ -55,9 +58,17 @@ class Contender:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __call__(self, direction: str, x: Tensor, grad: Tensor) -> Sequence[Tensor]:
-        """y; with the backward also dx and the parameters' gradients. Nothing where the tolerance is None."""
+    def prepare(self, direction: str, x: Tensor, grad: Tensor) -> Call:
+        """A call that does the direction's work once, as often as it is called; what comes before it is done here.
+
+        It returns y where the direction has a forward, then dx and the parameters' gradients where it has a backward;
+        nothing where the tolerance is None.
+        """
         raise NotImplementedError
+
+    def __call__(self, direction: str, x: Tensor, grad: Tensor) -> Sequence[Tensor]:
+        """What the prepared call returns."""
+        return self.prepare(direction, x, grad)()
 
 
 class Differentiable(Contender):
@@ -68,9 +79,18 @@ class Differentiable(Contender):
         self.function = function
         self.parameters = tuple(parameters)
 
-    def __call__(self, direction: str, x: Tensor, grad: Tensor) -> Sequence[Tensor]:
+    def prepare(self, direction: str, x: Tensor, grad: Tensor) -> Call:
         if direction == FORWARD:
-            with torch.no_grad():
-                return (self.function(x),)
+            return partial(self._forward, x)
+        if direction == BOTH:
+            return partial(self._both, x, grad)
+        # The graph is kept, because the call is repeated, and a CUDA graph of it reads what the forward saved.
+        return partial(torch.autograd.grad, self.function(x), (x, *self.parameters), grad, retain_graph=True)
+
+    @torch.no_grad()
+    def _forward(self, x: Tensor) -> Sequence[Tensor]:
+        return (self.function(x),)
+
+    def _both(self, x: Tensor, grad: Tensor) -> Sequence[Tensor]:
         y = self.function(x)
         return (y, *torch.autograd.grad(y, (x, *self.parameters), grad))

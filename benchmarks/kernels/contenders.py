@@ -3,22 +3,25 @@ without Python, native operators, a copy. What differs between the family's oper
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Callable, Sequence
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
 from daam_kernels.backends import resolve
 
-from .bare import bare_kernels
-from .contender import BOTH, CONTRACT, OTHERS, Contender, Differentiable, Tolerance
+from .bare import BARE, BARE_FRESH, BARE_HUGE, bare_kernels
+from .contender import BACKWARD, CONTRACT, FORWARD, OTHERS, Call, Contender, Differentiable, Tolerance
 from .operators import OPERATORS, Form, leaves
 from .shapes import Case
 
 UPSTREAM, UPSTREAM_COMPILED = "upstream eager", "upstream compiled"
 CLOSED_FORM, CLOSED_FORM_COMPILED = "closed form eager", "closed form compiled"  # daam_kernels.reference
+LAYER_NORM, SOFTMAX = "layer_norm, last axis", "softmax, last axis"
 FUSED, FRESH_COPY, COPY = "fused", "copy, fresh output", "copy"
 
 _MOST_COMPILED = 16  # Gaussians of every head, or sequences, which the compiler sees one by one
@@ -31,10 +34,14 @@ class Copy(Contender):
         super().__init__(COPY)
         self.y, self.dx = torch.empty_like(x, requires_grad=False), torch.empty_like(x, requires_grad=False)
 
+    def prepare(self, direction: str, x: Tensor, grad: Tensor) -> Call:
+        return partial(self._copy, direction, x, grad)
+
     @torch.no_grad()
-    def __call__(self, direction: str, x: Tensor, grad: Tensor) -> Sequence[Tensor]:
-        self.y.copy_(x)
-        if direction == BOTH:
+    def _copy(self, direction: str, x: Tensor, grad: Tensor) -> Sequence[Tensor]:
+        if direction != BACKWARD:
+            self.y.copy_(x)
+        if direction != FORWARD:
             torch.add(x, grad, out=self.dx)
         return ()
 
@@ -45,10 +52,13 @@ class FreshCopy(Contender):
     def __init__(self) -> None:
         super().__init__(FRESH_COPY)
 
+    def prepare(self, direction: str, x: Tensor, grad: Tensor) -> Call:
+        return partial(self._copy, direction, x, grad)
+
     @torch.no_grad()
-    def __call__(self, direction: str, x: Tensor, grad: Tensor) -> Sequence[Tensor]:
-        y = torch.empty_like(x).copy_(x)
-        return (y, x + grad) if direction == BOTH else (y,)
+    def _copy(self, direction: str, x: Tensor, grad: Tensor) -> Sequence[Tensor]:
+        y = () if direction == BACKWARD else (torch.empty_like(x).copy_(x),)
+        return y if direction == FORWARD else (*y, x + grad)
 
 
 def contenders(case: Case) -> dict[str, Callable[[], Contender]]:
@@ -63,13 +73,13 @@ def contenders(case: Case) -> dict[str, Callable[[], Contender]]:
     if len(case.shape.sequences) <= _MOST_COMPILED:
         makers[CLOSED_FORM_COMPILED] = lambda: _closed_form(case, compiled=True)
     for variant in operator.variants:
-        makers[f"{FUSED}, {variant}" if variant else FUSED] = partial(_fused, case, variant)
+        makers[_fused_name(variant)] = partial(_fused, case, variant)
     makers |= bare_kernels(case)
     if case.x.is_contiguous():
         last = case.x.shape[-1:]
         for name, function in (
-            ("layer_norm, last axis", lambda x: F.layer_norm(x, last)),
-            ("softmax, last axis", lambda x: F.softmax(x, -1)),
+            (LAYER_NORM, lambda x: F.layer_norm(x, last)),
+            (SOFTMAX, lambda x: F.softmax(x, -1)),
         ):
             makers[name] = partial(Differentiable, name, function)
     if not case.x.is_cuda:
@@ -78,17 +88,33 @@ def contenders(case: Case) -> dict[str, Callable[[], Contender]]:
     return makers
 
 
+def all_names() -> list[str]:
+    """The contenders that some case has, in their order."""
+    variants = dict.fromkeys(variant for operator in OPERATORS.values() for variant in operator.variants)
+    ours = [*map(_fused_name, variants), BARE, BARE_FRESH, BARE_HUGE]
+    others = [UPSTREAM, UPSTREAM_COMPILED, CLOSED_FORM, CLOSED_FORM_COMPILED]
+    return [*others, *ours, LAYER_NORM, SOFTMAX, FRESH_COPY, COPY]
+
+
+def without_backend(contender: str) -> str:
+    """The name of a contender as it is asked for: where it is shown, the fused operator's backend stands behind it."""
+    return re.sub(r" \(\w+\)$", "", contender)
+
+
+def _fused_name(variant: str) -> str:
+    return f"{FUSED}, {variant}" if variant else FUSED
+
+
 def _fused(case: Case, variant: str) -> Differentiable:
     operator = OPERATORS[case.shape.operator]
-    name = f"{FUSED}, {variant}" if variant else FUSED
     backend = resolve("auto", case.x, operator.density)
-    return _contender(case, f"{name} ({backend})", operator.fused(case, variant), CONTRACT)
+    return _contender(case, f"{_fused_name(variant)} ({backend})", operator.fused(case, variant), CONTRACT)
 
 
 def _closed_form(case: Case, compiled: bool) -> Differentiable:
     plain, parameters = partial(OPERATORS[case.shape.operator].reference, case.shape), leaves(case)
     if compiled:
-        plain = torch.compile(plain, dynamic=False)
+        plain = _compiled(plain)
     form = Form(lambda x: plain(x, *parameters), parameters)
     contender = _contender(case, CLOSED_FORM_COMPILED if compiled else CLOSED_FORM, form, OTHERS)
     contender.compiled, contender.many_launches = compiled, not compiled
@@ -98,11 +124,17 @@ def _closed_form(case: Case, compiled: bool) -> Differentiable:
 def _upstream(case: Case, compiled: bool) -> Differentiable:
     form = OPERATORS[case.shape.operator].upstream(case)
     if compiled:
-        form = form._replace(function=torch.compile(form.function, dynamic=False))
+        form = form._replace(function=_compiled(form.function))
     contender = _contender(case, UPSTREAM_COMPILED if compiled else UPSTREAM, form, OTHERS)
     contender.compiled = contender.slow_to_compile = compiled
     contender.many_launches = not compiled
     return contender
+
+
+def _compiled(function: Callable) -> Callable:
+    # A backward that is timed by itself keeps its graph, whose buffers the compiled code must then not write over.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(function, dynamic=False)
 
 
 def _contender(case: Case, name: str, form: Form, tolerances: dict) -> Differentiable:

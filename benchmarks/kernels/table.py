@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from ..report import format_table
 from .bare import BARE, BARE_FRESH, BARE_HUGE
-from .contender import BOTH
-from .sweep import Cell
+from .cell import Cell
+from .contender import FORWARD
 
 
 def section(group: list[Cell]) -> str:
     """The table of one case and direction, and below it what fresh memory costs where that was measured."""
     first = group[0]
     on_gpu = any(cell.kernel_us is not None for cell in group)
-    both = first.direction == BOTH
+    backward = first.direction != FORWARD
     header = ["contender", *(["kernel us", "IQR"] if on_gpu else []), "wall us", "IQR", "GB/s", "of copy", "x upstream"]
-    header += ["error y", *(["dx", "parameters", "saved MB"] if both else []), "peak MB", ""]
+    header += ["error y", *(["dx", "parameters", "saved MB"] if backward else []), "peak MB"]
+    header += [*(["launches"] if on_gpu else []), ""]
     lines = []
     for c in group:
         line = [c.contender, *([_time(c.kernel_us), _time(c.kernel_us_iqr)] if on_gpu else [])]
-        line += [_time(c.wall_us), _time(c.wall_us_iqr), f"{c.bytes / c.time_us / 1e3:.1f}" if c.time_us else "-"]
+        line += [_time(c.wall_us), _time(c.wall_us_iqr), _number(c.gb_per_s, ".1f")]
         line += [_number(c.of_copy, ".3f"), _number(c.over_upstream, ".1f"), _number(c.error_y, ".0e")]
-        if both:
+        if backward:
             line += [_number(c.error_dx, ".0e"), _number(c.error_parameters, ".0e"), _megabytes(c.saved_mb)]
-        line += [_megabytes(c.peak_mb)]
+        line += [_megabytes(c.peak_mb), *([_number(c.launches, "d")] if on_gpu else [])]
         lines.append([*line, "" if c.status == "ok" and not c.note else f"{c.status}: {c.note}"])
     layers = f"{first.layers} layers, " if first.layers > 1 else ""
     title = f"{first.shape} [{first.dims}] {first.dtype}, {first.operator}, axis {first.norm_axis}, "

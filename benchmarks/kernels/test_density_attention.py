@@ -38,7 +38,7 @@ def test_density_attention(benchmark, shape: str, direction: str, contender: str
         if contender not in makers:
             pytest.skip("the native library is not there")
         made[contender] = makers[contender]()
-    called = functools.partial(made[contender], direction, case.x, case.grad)
+    called = made[contender].prepare(direction, case.x, case.grad)
     if made[contender].tolerance is not None:
         found = errors(direction, called(), true)
         assert complaint(made[contender], found) is None

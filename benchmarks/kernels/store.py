@@ -1,0 +1,70 @@
+"""The results on disk: whole after every case, and taken up again by a run that goes on where another ended."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Sequence
+
+import torch
+
+from ..report import Row, write_csv, write_json
+from .cell import Cell, new_cell
+from .shapes import Shape
+
+_OF_THE_MOMENT = ("date", "load_at_start")  # differ between runs that may be continued or compared
+
+
+class Results:
+    """The rows of a run, in ``stem``.json and ``stem``.csv; both are whole at any time, whenever the run ends."""
+
+    def __init__(self, stem: Path, environment: dict, options: dict, rows: Sequence[Row] = ()) -> None:
+        self.json, self.csv = stem.with_name(f"{stem.name}.json"), stem.with_name(f"{stem.name}.csv")
+        self.environment, self.options, self.rows = environment, options, list(rows)
+
+    def add(self, cells: Sequence[Cell]) -> None:
+        """Take in the cells of one case, all directions of it, and write."""
+        self.rows += map(asdict, cells)
+        self.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.json, {"environment": self.environment, "options": self.options, "rows": self.rows})
+        write_csv(self.csv, [{**row, **self.environment} for row in self.rows])
+
+    def take_up(self) -> None:
+        """Go on with the rows of an earlier run; ends the program where that was not made as this one would be."""
+        if not self.json.exists():
+            return
+        earlier = load(self.json)
+        wrong = differences(earlier["environment"], self.environment)
+        wrong += differences(earlier.get("options", {}), self.options)
+        if wrong:
+            lines = "".join(f"\n  {line}" for line in wrong)
+            raise SystemExit(f"--resume: {self.json} was made otherwise; without --resume it is made anew:{lines}")
+        self.environment, self.rows = earlier["environment"], earlier["rows"]
+
+    def has(self, shape: Shape, dtype: torch.dtype) -> bool:
+        """Whether the rows of this case are there."""
+        case = case_of(asdict(new_cell(shape, dtype, "forward", "")))
+        return any(case_of(row) == case for row in self.rows)
+
+
+def load(path: Path) -> dict:
+    """What :class:`Results` wrote; ends the program with a message where ``path`` is nothing of the kind."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["environment"], content["rows"][0]["contender"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SystemExit(f"{path} has no results of the kernel benchmark: {error}") from None
+    return content
+
+
+def case_of(row: Row) -> tuple:
+    """What makes a case: everything in a row before the direction."""
+    names = "shape", "dims", "operator", "norm_axis", "num_heads", "layers", "num_gaussians", "dtype"
+    return tuple(row[name] for name in names)
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """A line for everything that two environments or sets of options differ in, but for the moment of the run."""
+    names = [name for name in dict.fromkeys((*old, *new)) if name not in _OF_THE_MOMENT]
+    return [f"{n}: {old.get(n)} then, {new.get(n)} now" for n in names if old.get(n) != new.get(n)]

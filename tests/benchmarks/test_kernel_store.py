@@ -1,0 +1,83 @@
+"""The kernel benchmark's results are whole on disk after every case, and an interrupted run goes on."""
+
+import argparse
+import json
+
+import pytest
+
+from benchmarks.kernels import cli, store
+from benchmarks.kernels.contender import FORWARD
+from benchmarks.report import read_csv
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+
+def options(*words):
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    common = ["--device", "cpu", "--budget", "1e-9", "--contenders", "fused,softmax", "--direction", "fwd"]
+    return parser.parse_args([*common, *words])
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    """No pictures, which have tests of their own, and no collection of garbage: both take seconds."""
+    monkeypatch.setattr("benchmarks.kernels.sweep.release", lambda case: None)
+    monkeypatch.setattr("benchmarks.kernels.plots.plot", lambda *_: [])
+
+
+def cases_in(path):
+    return [store.case_of(row)[0] for row in json.loads(path.read_text())["rows"]]
+
+
+def test_an_interrupted_run_leaves_whole_files_and_goes_on(tmp_path, monkeypatch, capsys, quiet):
+    real, swept = cli.sweep, []
+
+    def interrupted(shape, *arguments):
+        if shape.name == "wavlm":
+            raise KeyboardInterrupt
+        swept.append(shape.name)
+        yield from real(shape, *arguments)
+
+    monkeypatch.setattr(cli, "sweep", interrupted)
+    words = ["--shapes", "tiny,wavlm,slice_8", "--out", str(tmp_path), "--num-gaussians", "1,2"]
+    assert cli.run(options(*words)) == 130
+    assert "with --resume" in capsys.readouterr().out
+    assert cases_in(tmp_path / "kernels-cpu.json") == ["tiny"] * 6
+    first = (tmp_path / "kernels-cpu.json").read_text()
+
+    monkeypatch.setattr(cli, "sweep", lambda shape, *rest: swept.append(shape.name) or iter([]))
+    assert cli.run(options(*words, "--resume")) == 0
+    assert "2 cases are there: tiny float32, tiny float32" in capsys.readouterr().out
+    assert swept == ["tiny"] * 2 + ["wavlm"] * 2 + ["slice_8"] * 2
+    assert json.loads(first)["rows"] == json.loads((tmp_path / "kernels-cpu.json").read_text())["rows"]
+
+    rows = read_csv(tmp_path / "kernels-cpu.csv")
+    assert [row["num_gaussians"] for row in rows] == ["1"] * 3 + ["2"] * 3
+    assert {row["direction"] for row in rows} == {FORWARD} and all(float(row["gb_per_s"]) > 0 for row in rows)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_run_that_was_made_otherwise_is_not_taken_up(tmp_path, quiet):
+    words = ["--shapes", "tiny", "--out", str(tmp_path)]
+    assert cli.run(options(*words)) == 0
+    before = (tmp_path / "kernels-cpu.json").read_text()
+    with pytest.raises(SystemExit, match="seed: 0 then, 7 now"):
+        cli.run(options(*words, "--resume", "--seed", "7"))
+    assert (tmp_path / "kernels-cpu.json").read_text() == before
+
+
+def test_differences_leave_out_the_moment():
+    old = {"date": "1", "load_at_start": 0.1, "torch": "2.11", "device": "a"}
+    new = {"date": "2", "load_at_start": 0.9, "torch": "2.13", "device": "a", "settings": "x"}
+    assert store.differences(old, new) == ["torch: 2.11 then, 2.13 now", "settings: None then, x now"]
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"rows": []}', '{"environment": {}, "rows": []}', "[]"])
+def test_a_file_without_results_is_refused_by_name(tmp_path, text):
+    path = tmp_path / "old.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match="old.json has no results of the kernel benchmark"):
+        store.load(path)
