@@ -71,11 +71,13 @@ def wall_timer(calls: Sequence[Call], device: torch.device) -> Callable[[], floa
     return timer
 
 
-def graph_timer(prepared: Sequence[Callable[[], Call]]) -> Callable[[], float]:
-    """Seconds of device time per call, by CUDA events around the replay of one graph that holds all calls.
+def graph_timer(calls: Sequence[Call]) -> Callable[[], float]:
+    """Seconds of device time per call, by CUDA events around the replay of one graph that holds all of ``calls``."""
+    return prepared_graph_timer([lambda call=call: call for call in calls])
 
-    Each of ``prepared`` does what is not timed and returns what is.
-    """
+
+def prepared_graph_timer(prepared: Sequence[Callable[[], Call]]) -> Callable[[], float]:
+    """:func:`graph_timer` of the calls that ``prepared`` return, each after it did what is not timed."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

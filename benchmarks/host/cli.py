@@ -12,7 +12,7 @@ import torch
 
 from ..environment import describe, usable_device
 from ..kernels.check import complaint, errors, truth
-from ..kernels.contender import CONTRACT, DIRECTIONS, FORWARD, Contender
+from ..kernels.contender import BOTH, CONTRACT, FORWARD, Contender
 from ..kernels.data import make_case
 from ..kernels.shapes import SHAPES, Case
 from ..report import format_table, write_csv, write_json
@@ -20,6 +20,7 @@ from ..timing import graph_timer, interleave, wall_timer
 from .layers import LAUNCH, LAYER_NORM, Layer, layers
 
 _CASES = ("tiny", "wavlm")
+_DIRECTIONS = (FORWARD, BOTH)
 _NUM_GAUSSIANS = 4
 _CALLS, _SECONDS = 20, 0.01  # in a row, so that they share a look at the clock and a wait for the device; no longer
 _DEVICE = "kernels on the device"
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         case = make_case(SHAPES[name], torch.float32, device, _NUM_GAUSSIANS)
         found = measure(case, options.backend, options.budget)
         rows += found
-        for direction in DIRECTIONS:
+        for direction in _DIRECTIONS:
             print(_table([row for row in found if row["direction"] == direction]), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     paths = [options.out / f"host-{device.type}.{suffix}" for suffix in ("json", "csv")]
@@ -76,7 +77,7 @@ def measure(case: Case, backend: str, budget: float) -> list[dict]:
             made[name] = make()
         if problem:
             made[name] = problem[0]
-    for direction in DIRECTIONS:
+    for direction in _DIRECTIONS:
         group = {name: _row(case, backend, direction, name) for name in made}
         timers: dict[str, Callable[[], float]] = {}
         for name, layer in made.items():

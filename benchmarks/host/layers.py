@@ -143,7 +143,7 @@ def _native_calls(case: Case, served: str) -> Layer:
         raise RuntimeError(f"nothing is launched apart from its preparation by {served!r}")
     bare = Bare(LAUNCH, case)
     x, grad = case.x.detach(), case.grad
-    return Layer(LAUNCH, {d: lambda d=d: bare(d, x, grad) for d in (FORWARD, BOTH)})
+    return Layer(LAUNCH, {d: bare.prepare(d, x, grad) for d in (FORWARD, BOTH)})
 
 
 def _triton_launches(case: Case) -> Layer:

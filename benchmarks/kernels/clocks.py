@@ -9,7 +9,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from ..timing import Call, Measurement, graph_timer, interleave, wall_timer
+from ..timing import Call, Measurement, interleave, prepared_graph_timer, wall_timer
 from .cell import Cell
 from .contender import Contender
 from .contenders import COPY, UPSTREAM
@@ -22,7 +22,7 @@ _WALL_CALLS = 20
 
 def time_all(case: Case, direction: str, ready: dict[str, Contender], cells: dict[str, Cell], budget: float) -> None:
     """Enter the times of ``ready`` into their cells, and what follows from them."""
-    pairs = _rotation(case)
+    pairs = rotation(case)
     prepared = {name: [partial(c.prepare, direction, *pair) for pair in pairs] for name, c in ready.items()}
     if case.x.is_cuda:
         graphs = {}
@@ -30,7 +30,7 @@ def time_all(case: Case, direction: str, ready: dict[str, Contender], cells: dic
             some = prepared[name][:_MANY_LAUNCHES_ROTATION] if contender.many_launches else prepared[name]
             cells[name].rotated_inputs = len(some)
             try:
-                graphs[name] = graph_timer(some)
+                graphs[name] = prepared_graph_timer(some)
             except Exception as error:  # the wall clock below may still be had
                 cells[name].note = f"no graph, {type(error).__name__}: {str(error).splitlines()[0][:120]}"
         _enter(cells, "kernel", interleave(graphs, budget))
@@ -70,7 +70,7 @@ def _ratio(other: Cell | None, cell: Cell) -> float | None:
     return other.wall_us / cell.wall_us if other.wall_us is not None and cell.wall_us is not None else None
 
 
-def _rotation(case: Case) -> list[tuple[Tensor, Tensor]]:
+def rotation(case: Case) -> list[tuple[Tensor, Tensor]]:
     """(x, grad) in as many places as exceed three times the GPU's L2; on a CPU one, so that small ones are warm."""
     if not case.x.is_cuda:
         return [(case.x, case.grad)]
