@@ -10,6 +10,7 @@ from .alignment import cli as alignment
 from .bags import cli as bags
 from .host import cli as host
 from .kernels import cli as kernels
+from .kernels import compare
 from .pool import cli as pool
 from .quickstart import cli as quickstart
 
@@ -17,6 +18,7 @@ _FAMILIES = {
     "additive": additive,
     "alignment": alignment,
     "bags": bags,
+    "compare": compare,
     "host": host,
     "kernels": kernels,
     "pool": pool,

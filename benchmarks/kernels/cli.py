@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from ..environment import describe, usable_device
-from . import selection
+from . import compare, selection
 from .bare import BARE
 from .contenders import FUSED
 from .scaling import GROUPS
 from .shapes import SHAPES, Shape
-from .store import Results
+from .store import Results, load
 from .sweep import Limits, sweep
 from .table import section
 
@@ -63,12 +63,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=_RESULTS, help="folder for the results (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same kind ended")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="earlier results to set these beside, as compare does"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Sweep, print and write; returns the exit status: 1 where the fused operator or its kernel was wrong or failed."""
+    """Sweep, print and write; returns the exit status.
+
+    It is 1 where the fused operator or its kernel was wrong, failed, or is slower than in the results to compare with.
+    """
     device = usable_device(options.device)
     cases = _cases(options, device)
+    old = load(options.compare) if options.compare else None  # now, because it may be the file that is written
     limits = _limits(options)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -95,7 +102,8 @@ def run(options: argparse.Namespace) -> int:
         return _INTERRUPTED
     _finish(results)
     ours = [row for row in results.rows if row["contender"].startswith((FUSED, BARE))]
-    return int(any(row["status"] in ("wrong", "failed") for row in ours))
+    regressed = compare.report(old, {"environment": environment, "rows": results.rows}) if old else 0
+    return int(regressed or any(row["status"] in ("wrong", "failed") for row in ours))
 
 
 def _cases(options: argparse.Namespace, device: torch.device) -> list[tuple[Shape, torch.dtype]]:

@@ -52,9 +52,9 @@ def load(path: Path) -> dict:
     """What :class:`Results` wrote; ends the program with a message where ``path`` is nothing of the kind."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content["environment"], content["rows"][0]["contender"]
+        content["environment"], *map(case_of, content["rows"]), content["rows"][0]["contender"]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise SystemExit(f"{path} has no results of the kernel benchmark: {error}") from None
+        raise SystemExit(f"{path} has no results of the kernel benchmark as it writes them now: {error}") from None
     return content
 
 

@@ -59,10 +59,16 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(tmp_path, monkeypatch
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_run_that_was_made_otherwise_is_not_taken_up(tmp_path, quiet):
+def test_a_run_is_compared_and_not_taken_up_where_it_was_made_otherwise(tmp_path, quiet):
     words = ["--shapes", "tiny", "--out", str(tmp_path)]
     assert cli.run(options(*words)) == 0
     before = (tmp_path / "kernels-cpu.json").read_text()
+    first = json.loads(before)
+    for row in first["rows"]:
+        row["wall_us"] *= 1 if row["contender"] == "copy" else 1e-3  # kernels that were a thousand times as fast
+        row["wall_us_iqr"] = 0.0
+    (tmp_path / "old.json").write_text(json.dumps(first))
+    assert cli.run(options(*words, "--resume", "--compare", str(tmp_path / "old.json"))) == 1
     with pytest.raises(SystemExit, match="seed: 0 then, 7 now"):
         cli.run(options(*words, "--resume", "--seed", "7"))
     assert (tmp_path / "kernels-cpu.json").read_text() == before
