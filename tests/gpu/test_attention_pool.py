@@ -29,6 +29,7 @@ def test_results_are_bitwise_the_same_from_run_to_run():
         assert_same_bits(one.detach().cpu(), other.detach().cpu())
 
 
+@pytest.mark.huge
 def test_more_rows_than_an_int32_has_elements():
     x = torch.zeros(1, 2**23 + 5, 512, device="cuda", dtype=torch.bfloat16)
     x[0, -1] = 1

@@ -145,6 +145,7 @@ def skip_unless_free(gigabytes):
         pytest.skip(f"needs {gigabytes:.0f} GB of GPU memory, {free:.0f} GB are free")
 
 
+@pytest.mark.huge
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2**31 // 512 + 5, 512), (2**31 // 2**18 + 3, 256, 1024)], ids=["last", "middle"])
 def test_more_than_two_to_the_31_elements(shape, dtype):
@@ -164,6 +165,7 @@ def test_more_than_two_to_the_31_elements(shape, dtype):
         assert_close(dx[row : row + 1], expected[1], TOLERANCES[dtype][1], f"dx[{row}]")
 
 
+@pytest.mark.huge
 def test_one_slice_of_more_than_two_to_the_31_elements():
     """In bfloat16: each weight is about 2^-31, and float16 ends at 2^-24."""
     skip_unless_free(20)
@@ -191,6 +193,7 @@ def test_one_slice_of_more_than_two_to_the_31_elements():
     assert abs(added - 1) < 0.01
 
 
+@pytest.mark.huge
 def test_strides_past_two_to_the_31():
     """Few elements, far apart."""
     skip_unless_free(12)
