@@ -8,7 +8,7 @@ from torch import Tensor
 from .checks import FLOATING_TYPES, check_choice, check_dropout, check_mask, check_scale, shape_of
 from .backends import BACKENDS
 from .ops import additive_attention as operator
-from .options import AdditiveOptions
+from .reference.additive_attention_blocks import AdditiveProblem
 
 _TRUE = "where a key must not be seen"  # of a boolean mask
 
@@ -25,6 +25,7 @@ def additive_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
     need_weights: bool = False,
+    average_weights: bool = False,
     fast_tanh: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -51,14 +52,15 @@ def additive_attention(
             decided by torch's random generator of query's device; every backend drops the same for the same seed.
         scale: multiplies the scores; None: 1.
         need_weights: return (output, weights). The weights, after dropout, are differentiable. They take memory of
-            their size; for a long sequence ask for some queries at a time.
+            their own size and no more; see :meth:`daam_kernels.AdditiveAttention.weights_by_rows` for long sequences.
+        average_weights: of the heads' weights return the mean alone.
         fast_tanh: on NVIDIA GPUs, tanh in one instruction, with a relative error of up to 2^-11; elsewhere, and in
             float64, it makes no difference.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``, which is PyTorch, block by block.
 
     Returns:
         output: [batch, heads, Tq, value_dim], of query's type.
-        weights: with ``need_weights``, [batch, heads, Tq, Tk], of that type.
+        weights: with ``need_weights``, [batch, heads, Tq, Tk], of that type; averaged [batch, Tq, Tk].
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what it got and what it takes.
@@ -75,11 +77,16 @@ def additive_attention(
             attn_mask, key_padding_mask = _added(attn_mask, key_padding_mask[:, None, None, :]), None
     dropout_p = check_dropout("dropout_p", dropout_p)
     check_choice("backend", backend, ("auto", *BACKENDS))
-    options = AdditiveOptions(bool(is_causal), dropout_p, check_scale(scale, 1.0), bool(fast_tanh), bool(need_weights))
     seed = torch.randint(1 << 62, (1,), device=query.device) if dropout_p else None
-    output, weights = operator.apply(query, key, value, weight, attn_mask, key_padding_mask, seed, options, backend)
+    problem = AdditiveProblem(
+        query, key, value, weight, attn_mask, key_padding_mask, seed, bool(is_causal), dropout_p,
+        check_scale(scale, 1.0), bool(fast_tanh), bool(need_weights), bool(average_weights) and heads > 1,
+    )  # fmt: skip
+    output, weights = operator.apply(problem, backend)
     output = output.to(query.dtype)
-    return (output, weights.to(query.dtype)) if need_weights else output
+    if not need_weights:
+        return output
+    return output, weights.squeeze(1) if average_weights else weights
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> None:

@@ -45,18 +45,3 @@ class DensityOptions(NamedTuple):
         named = self._asdict()
         del named["max_seqlen"]
         return named
-
-
-class AdditiveOptions(NamedTuple):
-    """Checked options of additive attention."""
-
-    is_causal: bool
-    dropout_p: float
-    scale: float
-    fast_tanh: bool
-    need_weights: bool
-
-
-def arithmetic_type(t: torch.Tensor) -> torch.dtype:
-    """The type that additive attention is worked out in."""
-    return torch.float64 if t.dtype == torch.float64 else torch.float32

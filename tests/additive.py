@@ -6,7 +6,7 @@ import daam_kernels
 import torch
 from daam_kernels import reference
 from daam_kernels.ops import additive_attention as operator
-from daam_kernels.options import AdditiveOptions
+from daam_kernels.reference.additive_attention_blocks import AdditiveProblem
 from support import TOLERANCES, assert_close, generator
 
 NAMES = ("output", "weights", "dquery", "dkey", "dvalue", "dweight", "dattn_mask")
@@ -71,15 +71,29 @@ def seeded(backend, seed, dropout_p, need_weights=True):
     def function(query, key, value, weight, *, attn_mask=None, key_padding_mask=None, is_causal=False, need_weights):
         if attn_mask is not None:
             attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-        options = AdditiveOptions(is_causal, dropout_p, 1.0, False, need_weights)
-        at = seed.to(query.device)
-        return operator.apply(query, key, value, weight, attn_mask, key_padding_mask, at, options, backend)
+        tensors = query, key, value, weight, attn_mask, key_padding_mask, seed.to(query.device)
+        options = is_causal, dropout_p, 1.0, False, need_weights, False
+        return operator.apply(AdditiveProblem(*tensors, *options), backend)
 
     return function
 
 
 def public(backend, **options):
     return lambda *tensors, **more: daam_kernels.additive_attention(*tensors, backend=backend, **options, **more)
+
+
+def check_average(backend, dtype, device="cpu"):
+    """The mean of the weights over three heads, and the gradients that go through it."""
+    shape = 2, 3, 5, 7
+    *tensors, grad_weights = problem(shape, dtype=dtype, device=device)
+    tensors, options = (*tensors, grad_weights[:, 0]), masks("all", shape, device)
+
+    def averaged(*tensors, need_weights, **options):
+        output, weights = reference.additive_attention(*tensors, need_weights=True, **options)
+        return output, weights.mean(1)
+
+    expected = results(averaged, *(t.double().cpu() for t in tensors), **masks("all", shape))
+    assert_contract(results(public(backend, average_weights=True), *tensors, **options), expected, dtype)
 
 
 def assert_contract(got, expected, dtype):

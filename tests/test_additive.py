@@ -3,7 +3,7 @@
 import daam_kernels
 import pytest
 import torch
-from additive import assert_contract, exact, masks, problem, public, results
+from additive import assert_contract, check_average, exact, masks, problem, public, results
 from daam_kernels import additive_attention, reference
 from support import DTYPES, assert_close, assert_same_bits, every_second, transposed
 
@@ -83,6 +83,25 @@ def test_dropout_is_decided_by_torchs_seed_and_the_same_backward():
     full = additive_attention(*tensors, need_weights=True)[1]
     kept = weights != 0
     assert_close(weights[kept], 2 * full[kept], 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_mean_of_the_heads_weights(dtype):
+    check_average("reference", dtype)
+
+
+def test_nothing_of_the_weights_size_is_kept_for_the_backward():
+    sizes = []
+
+    def pack(t):
+        sizes.append(t.numel())
+        return t
+
+    tensors = [t.requires_grad_() for t in problem((1, 2, 40, 50))[:4]]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        weights = additive_attention(*tensors, need_weights=True)[1]
+    assert max(sizes) < 40 * 50
+    assert weights.square().sum().requires_grad
 
 
 def test_no_queries_and_no_batch():

@@ -7,12 +7,11 @@ its own rows of the gradients, which nobody else writes, so that every run adds 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..options import AdditiveOptions, arithmetic_type
+from ..reference.additive_attention_blocks import AdditiveProblem
 from .additive_host import SIZES, prepare
 from .additive_launch import backward_tile
 from .additive_math import activations, dropped, finite, masked, product, split_program, unmasked_scores
@@ -156,39 +155,28 @@ def additive_gradients(
 
 
 def additive_backward(
+    problem: AdditiveProblem,
     grad: Tensor,
     grad_weights: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
     delta: Tensor,
     lse: Tensor,
     mask_gradient: bool,
-    options: AdditiveOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """(dquery, dkey, dvalue, dweight, dattn_mask or None), all contiguous.
+    """(dquery, dkey, dvalue, dweight, dattn_mask or None) as of ``additive_attention_blocks``.
 
-    ``delta``, [batch, heads, Tq], is each query's sum of its weights times their gradients. The gradient of a mask
-    needs memory for one number per query and key.
+    The gradient of a mask needs memory for one number per query and key.
     """
-    batch, heads, queries, hidden = query.shape
-    keys = key.shape[2]
+    query, key, value, weight, attn_mask = problem[:5]
+    batch, heads, queries, keys = problem.shape_of_scores
     tile = backward_tile(queries, lse.element_size())
     query_blocks, key_blocks = -(-queries // tile.block_q), -(-keys // tile.block_k)
-    new = dict(dtype=arithmetic_type(query), device=query.device)
-    d_query, d_key, d_value = (torch.zeros(t.shape, **new) for t in (query, key, value))
-    d_weight = torch.zeros((batch, heads, key_blocks, hidden), **new)
-    d_mask = torch.zeros((batch, heads, queries, keys), **new) if mask_gradient else None
+    d_query, d_key, d_value = (lse.new_zeros(t.shape) for t in (query, key, value))
+    d_weight = lse.new_zeros((batch, heads, key_blocks, query.shape[3]))
+    d_mask = lse.new_zeros(problem.shape_of_scores) if mask_gradient else None
     if lse.numel() > 0:
-        run = prepare(
-            query, key, value, weight, attn_mask, key_mask, seed, options, grad=grad, grad_weights=grad_weights
-        )
+        run = prepare(problem, grad=grad, grad_weights=grad_weights)
         given = dict(delta_ptr=delta.contiguous(), lse_ptr=lse)
-        with device_of(query):
+        with device_of(lse):
             run(
                 additive_gradients, (batch * heads * query_blocks,), tile, OWNS_KEYS=False, num_blocks=query_blocks,
                 d_owned_ptr=d_query, d_value_ptr=None, d_weight_ptr=None, d_mask_ptr=d_mask, **given,

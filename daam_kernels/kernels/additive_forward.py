@@ -1,22 +1,21 @@
-"""The forward pass of additive attention, and its weights where they are asked for.
+"""The forward pass of additive attention.
 
 ``additive_output`` reads the queries once and keys and values once for every block of queries; it keeps the softmax's
 running maximum and sum (Milakov and Gimelshein, arXiv 1805.02867). Where queries are few, as in decoding, the keys are
-split over programs, whose partial results ``merge_splits`` adds in a fixed order. ``additive_weights`` works the scores
-out anew and writes exp(score - lse).
+split over programs, whose partial results ``merge_splits`` adds in a fixed order.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..options import AdditiveOptions, arithmetic_type
+from ..reference.additive_attention_blocks import AdditiveProblem
 from .additive_host import SIZES, prepare
-from .additive_launch import backward_tile, forward_tile
+from .additive_launch import forward_tile
 from .additive_math import dropped, finite, masked, product, split_program, unmasked_scores
+from .additive_weights import write_weights
 from .host import device_of
 
 
@@ -104,68 +103,20 @@ def merge_splits(
         tl.store(lse_ptr + row, tl.where(total == 0.0, float("-inf"), top + tl.log(total)))
 
 
-@triton.jit(do_not_specialize=SIZES)
-def additive_weights(
-    query_ptr, key_ptr, weight_ptr, mask_ptr, key_mask_ptr, seed_ptr, lse_ptr, weights_ptr,
-    heads, queries, keys, hidden, threshold, num_blocks,
-    query_stride_b, query_stride_h, query_stride_t, key_stride_b, key_stride_h, key_stride_t,
-    mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k, key_mask_stride_b, key_mask_stride_k,
-    ADDED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, SCALE: tl.constexpr, FAST: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Writes the weights of a block of keys, which it owns, and a block of queries."""
-    block, slice_number, b, h = split_program(tl.program_id(0), num_blocks, heads)
-    columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    rows = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    column_inside, row_inside = columns < keys, rows < queries
-    query_ptr += b * query_stride_b + h * query_stride_h
-    key_ptr += b * key_stride_b + h * key_stride_h
-    if mask_ptr is not None:
-        mask_ptr += b * mask_stride_b + h * mask_stride_h
-    if key_mask_ptr is not None:
-        key_mask_ptr += b * key_mask_stride_b
-    inside = row_inside[:, None] & column_inside[None, :]
-    scores = unmasked_scores(
-        key_ptr, query_ptr, weight_ptr + h * hidden, columns, rows, key_stride_t, query_stride_t, column_inside,
-        row_inside, hidden, SCALE, FAST, ACC, BLOCK_C, BLOCK_Q, BLOCK_K,
-    )  # fmt: skip
-    scores = masked(
-        scores, rows[:, None], columns[None, :], inside, mask_ptr, key_mask_ptr, mask_stride_q, mask_stride_k,
-        key_mask_stride_k, ADDED, CAUSAL, ACC,
-    )  # fmt: skip
-    lse = tl.load(lse_ptr + slice_number * queries + rows, mask=row_inside, other=0.0)
-    shares = tl.exp(scores - finite(lse)[:, None])
-    shares = dropped(shares, seed_ptr, slice_number, rows[:, None], columns[None, :], threshold, DROPOUT)
-    at = (slice_number * queries + rows)[:, None] * keys + columns[None, :]
-    tl.store(weights_ptr + at, shares, mask=inside)
-
-
-def additive_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    options: AdditiveOptions,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(output, lse [batch, heads, Tq], weights or None), all in the arithmetic type."""
-    batch, heads, queries, _ = query.shape
-    keys, value_dim = value.shape[2:]
-    new = dict(dtype=arithmetic_type(query), device=query.device)
-    output, lse = torch.empty((batch, heads, queries, value_dim), **new), torch.empty((batch, heads, queries), **new)
-    weights = torch.empty((batch, heads, queries, keys), **new) if options.need_weights else None
+def additive_forward(problem: AdditiveProblem) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(output, lse [batch, heads, Tq], weights or None) as of ``additive_attention_blocks``."""
+    output, lse, weights = problem.new_results()
     if lse.numel() == 0:
         return output, lse, weights
+    batch, heads, queries, keys = problem.shape_of_scores
+    value_dim = output.shape[3]
     tile = forward_tile(batch * heads, queries, keys, value_dim, lse.element_size())
     split, split_lse = output, lse
     if tile.num_splits > 1:
-        split = torch.empty((tile.num_splits, *output.shape), **new)
-        split_lse = torch.empty((tile.num_splits, *lse.shape), **new)
-    run = prepare(query, key, value, weight, attn_mask, key_mask, seed, options)
+        split, split_lse = (t.new_empty((tile.num_splits, *t.shape)) for t in (output, lse))
+    run = prepare(problem)
     blocks, value_blocks = -(-queries // tile.block_q), -(-value_dim // tile.block_v)
-    with device_of(query):
+    with device_of(lse):
         run(
             additive_output, (batch * heads * blocks, tile.num_splits, value_blocks), tile, output_ptr=split,
             lse_ptr=split_lse, num_blocks=blocks, keys_per_split=tile.keys_per_split,
@@ -176,10 +127,5 @@ def additive_forward(
                 output_ptr=output, lse_ptr=lse, rows=lse.numel(), num_splits=tile.num_splits,
             )  # fmt: skip
         if weights is not None:
-            tile = backward_tile(queries, lse.element_size())
-            blocks, row_blocks = -(-keys // tile.block_k), -(-queries // tile.block_q)
-            run(
-                additive_weights, (batch * heads * blocks, row_blocks), tile, lse_ptr=lse, weights_ptr=weights,
-                num_blocks=blocks,
-            )  # fmt: skip
+            write_weights(problem, lse, weights, run)
     return output, lse, weights

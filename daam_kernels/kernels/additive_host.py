@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..options import AdditiveOptions
+from ..reference.additive_attention_blocks import AdditiveProblem
 from ..reference.dropout import dropout_threshold
 from .additive_launch import AdditiveTile, _power_of_two
 
@@ -21,23 +21,13 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SIZES = ["heads", "queries", "slices", "threshold", "num_blocks", "keys_per_split", "rows", "num_splits"]
 
 
-def prepare(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    options: AdditiveOptions,
-    **others: Tensor | None,
-) -> Callable[..., None]:
-    """run(kernel, grid, tile, **arguments) on these tensors: gives a kernel what it takes of all.
+def prepare(problem: AdditiveProblem, **others: Tensor | None) -> Callable[..., None]:
+    """run(kernel, grid, tile, **arguments) on the problem's tensors: gives a kernel what it takes of all.
 
     A tensor is copied only where its last axis is not contiguous. ``others``, [batch, heads, T, size], get strides too.
     """
-    batch, heads, queries, hidden = query.shape
-    keys, value_dim = value.shape[2:]
+    query, key, value, weight, attn_mask, key_mask, seed = problem.tensors
+    batch, heads, queries, keys = problem.shape_of_scores
     tensors = {"query": query, "key": key, "value": value, **others}
     tensors = {name: t if t is None or t.stride(-1) == 1 else t.contiguous() for name, t in tensors.items()}
     if attn_mask is not None:
@@ -45,11 +35,12 @@ def prepare(
     dtype = query.dtype
     values = {
         "weight_ptr": weight.contiguous(), "seed_ptr": seed, "mask_ptr": _bytes(attn_mask),
-        "key_mask_ptr": _bytes(key_mask), "heads": heads, "queries": queries, "keys": keys, "hidden": hidden,
-        "value_dim": value_dim, "slices": batch * heads, "threshold": dropout_threshold(options.dropout_p),
-        "ADDED": attn_mask is not None and attn_mask.dtype != torch.bool, "CAUSAL": options.is_causal,
-        "DROPOUT": options.dropout_p, "SCALE": options.scale,
-        "FAST": options.fast_tanh and ON_NVIDIA and not _INTERPRETED and dtype != torch.float64,
+        "key_mask_ptr": _bytes(key_mask), "heads": heads, "queries": queries, "keys": keys,
+        "hidden": query.shape[3], "value_dim": value.shape[3], "slices": batch * heads,
+        "threshold": dropout_threshold(problem.dropout_p),
+        "ADDED": attn_mask is not None and attn_mask.dtype != torch.bool, "CAUSAL": problem.is_causal,
+        "DROPOUT": problem.dropout_p, "SCALE": problem.scale,
+        "FAST": problem.fast_tanh and ON_NVIDIA and not _INTERPRETED and dtype != torch.float64,
         "PRECISION": "tf32x3" if ON_NVIDIA and dtype != torch.float64 else "ieee",
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
     }  # fmt: skip

@@ -187,8 +187,8 @@ class AdditiveAttention(nn.Module):
         results = additive_attention(
             self._heads(self.query_proj(query if is_batched else query.unsqueeze(0))), key.key, key.value,
             self._weight(), attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
-            dropout_p=self.dropout if self.training else 0.0, need_weights=need_weights, fast_tanh=self.fast_tanh,
-            backend=self.backend,
+            dropout_p=self.dropout if self.training else 0.0, need_weights=need_weights,
+            average_weights=average_attn_weights, fast_tanh=self.fast_tanh, backend=self.backend,
         )  # fmt: skip
         output, weights = results if need_weights else (results, None)
         output = output.transpose(1, 2).flatten(2)
@@ -198,10 +198,8 @@ class AdditiveAttention(nn.Module):
             output = output.squeeze(0)
         if self.linear_out is not None:
             output = self.linear_out(torch.cat((output, query), -1))
-        if weights is not None:
-            if average_attn_weights:
-                weights = weights.mean(1) if self.num_heads > 1 else weights.squeeze(1)
-            weights = weights if is_batched else weights.squeeze(0)
+        if weights is not None and not is_batched:
+            weights = weights.squeeze(0)
         return output, weights
 
     def project_keys(self, key: Tensor, value: Tensor | None = None) -> ProjectedKeys:

@@ -18,7 +18,51 @@ _BLOCK = 1 << 18  # activations at a time: about what caches hold, and enough th
 _MOST_KEYS = 128
 
 
-class _Problem(NamedTuple):
+class AdditiveProblem(NamedTuple):
+    """The arguments of the operator, checked.
+
+    query: [batch, heads, Tq, hidden], key: [batch, heads, Tk, hidden], value: [batch, heads, Tk, value_dim], weight:
+    [heads, hidden]. ``attn_mask``, boolean or to be added, has 4 dimensions, each of the scores' size or 1;
+    ``key_mask`` is boolean [batch, Tk]; ``seed`` is int64 [1], for dropout alone.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    weight: Tensor
+    attn_mask: Tensor | None
+    key_mask: Tensor | None
+    seed: Tensor | None
+    is_causal: bool
+    dropout_p: float
+    scale: float
+    fast_tanh: bool
+    need_weights: bool
+    average_weights: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:7]
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+    @property
+    def shape_of_scores(self) -> tuple[int, int, int, int]:
+        return *self.query.shape[:3], self.key.shape[2]
+
+    def new_results(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(output, lse, weights or None), not filled: weights in query's type, the others in the arithmetic type."""
+        batch, heads, queries, keys = self.shape_of_scores
+        output = self.query.new_empty((batch, heads, queries, self.value.shape[3]), dtype=self.arithmetic)
+        lse = self.query.new_empty((batch, heads, queries), dtype=self.arithmetic)
+        if not self.need_weights:
+            return output, lse, None
+        return output, lse, self.query.new_empty((batch, 1 if self.average_weights else heads, queries, keys))
+
+
+class _Head(NamedTuple):
     """What both directions share: the inputs of one head, in the arithmetic type, and how their scores are masked."""
 
     query: Tensor  # [batch, Tq, hidden]
@@ -50,130 +94,121 @@ class _Block(NamedTuple):
         return self.batches, self.columns
 
 
-def additive_attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    is_causal: bool,
-    dropout_p: float,
-    scale: float,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(output, lse [batch, heads, Tq], weights or None), all in float32, or in float64 for float64.
+def additive_attention_forward(problem: AdditiveProblem) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(output, lse [batch, heads, Tq], weights or None).
 
-    ``attn_mask`` has 4 dimensions, of the scores' sizes or 1, ``key_mask`` is boolean [batch, Tk]; other arguments are
-    as of ``additive_attention``.
+    Weights are of query's type, [batch, heads, Tq, Tk], or their mean over the heads, [batch, 1, Tq, Tk]; the others
+    are in float32, or in float64 for float64.
     """
-    batch, heads, queries, _ = query.shape
-    arithmetic = torch.float64 if query.dtype == torch.float64 else torch.float32
-    output = query.new_empty((batch, heads, queries, value.shape[-1]), dtype=arithmetic)
-    lse = query.new_empty((batch, heads, queries), dtype=arithmetic)
-    weights = torch.zeros_like(lse).unsqueeze(-1).repeat(1, 1, 1, key.shape[-2]) if need_weights else None
-    for head in range(heads):
-        problem = _problem(head, query, key, value, weight, attn_mask, key_mask, seed, is_causal, dropout_p, scale)
-        buffer = _buffer(problem)
-        for blocks in _blocks(problem):
-            top = blocks[0]
-            scores = torch.cat([_scores(problem, block, _activations(problem, block, buffer)) for block in blocks], -1)
+    output, lse, weights = problem.new_results()
+    if weights is not None:
+        weights.zero_()  # what a causal query does not see is not visited
+    heads = _heads(problem)
+    buffer = _buffer(problem)
+    for blocks in _blocks(problem):
+        top, seen, mean = blocks[0], slice(0, blocks[-1].columns.stop), 0.0
+        for number, head in enumerate(heads):
+            scores = torch.cat([_scores(head, block, _activations(head, block, buffer)) for block in blocks], -1)
             above = _finite(scores.amax(-1, keepdim=True))
             shares = scores.sub_(above).exp_()
             total = shares.sum(-1, keepdim=True)
             shares /= total.masked_fill(total == 0, 1.0)
-            seen = slice(0, shares.shape[-1])
-            if dropout_p:
-                shares *= _kept(problem, top._replace(columns=seen))
-            output[:, head][top.of_queries] = shares @ problem.value[top.batches, seen]
-            lse[:, head][top.of_queries] = total.log_().add_(above).squeeze(-1)
-            if weights is not None:
-                weights[:, head][(*top.of_queries, seen)] = shares
+            if problem.dropout_p:
+                shares *= _kept(head, top._replace(columns=seen))
+            output[:, number][top.of_queries] = shares @ head.value[top.batches, seen]
+            lse[:, number][top.of_queries] = total.log_().add_(above).squeeze(-1)
+            if weights is None:
+                continue
+            if problem.average_weights:
+                mean += shares / len(heads)
+            else:
+                weights[:, number][(*top.of_queries, seen)] = shares
+        if problem.average_weights and weights is not None:
+            weights[:, 0][(*top.of_queries, seen)] = mean
     return output, lse, weights
 
 
+def additive_weights_delta(problem: AdditiveProblem, lse: Tensor, grad_weights: Tensor) -> Tensor:
+    """Each query's sum of its weights times their gradients, [batch, heads, Tq]; of [batch, heads, Tq, Tk]."""
+    delta = torch.zeros_like(lse)
+    buffer = _buffer(problem)
+    for number, head in enumerate(_heads(problem)):
+        for block in (block for blocks in _blocks(problem) for block in blocks):
+            shares = _shares(head, block, _activations(head, block, buffer), lse[:, number])
+            if problem.dropout_p:
+                shares *= _kept(head, block)
+            shares *= grad_weights[:, number][(*block.of_queries, block.columns)]
+            delta[:, number][block.of_queries] += shares.sum(-1)
+    return delta
+
+
 def additive_attention_backward(
+    problem: AdditiveProblem,
     grad: Tensor,
     grad_weights: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
     delta: Tensor,
     lse: Tensor,
-    is_causal: bool,
-    dropout_p: float,
-    scale: float,
     mask_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """(dquery, dkey, dvalue, dweight, dattn_mask or None), all contiguous.
 
-    ``delta``, [batch, heads, Tq], is each query's sum of its weights times their gradients.
+    ``grad_weights``: [batch, heads, Tq, Tk]; ``delta``, [batch, heads, Tq], is each query's sum of its weights times
+    their gradients, those through the output too.
     """
     d_query, d_key, d_value, d_weight = (
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value, weight)
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in problem.tensors[:4]
     )
     d_mask = None
     if mask_gradient:
-        d_mask = torch.zeros(attn_mask.shape, dtype=lse.dtype, device=query.device)
-    for head in range(query.shape[1]):
-        problem = _problem(head, query, key, value, weight, attn_mask, key_mask, seed, is_causal, dropout_p, scale)
-        buffer = _buffer(problem)
-        sums = [torch.zeros_like(t) for t in problem[:4]]
+        d_mask = torch.zeros(problem.attn_mask.shape, dtype=lse.dtype, device=lse.device)
+    buffer = _buffer(problem)
+    for number, head in enumerate(_heads(problem)):
+        sums = [torch.zeros_like(t) for t in head[:4]]
         for block in (block for blocks in _blocks(problem) for block in blocks):
-            activations = _activations(problem, block, buffer)
-            row_lse, row_delta = (t[:, head][block.of_queries].unsqueeze(-1) for t in (lse, delta))
-            shares = _scores(problem, block, activations).sub_(_finite(row_lse)).exp_()
-            g = grad[:, head][block.of_queries]
-            d_shares = g @ problem.value[block.of_keys].mT
+            activations = _activations(head, block, buffer)
+            shares = _shares(head, block, activations, lse[:, number])
+            g = grad[:, number][block.of_queries]
+            d_shares = g @ head.value[block.of_keys].mT
             if grad_weights is not None:
-                d_shares += grad_weights[:, head][(*block.of_queries, block.columns)]
-            if dropout_p:
-                kept = _kept(problem, block)
+                d_shares += grad_weights[:, number][(*block.of_queries, block.columns)]
+            if problem.dropout_p:
+                kept = _kept(head, block)
                 d_shares *= kept
                 sums[2][block.of_keys] += (shares * kept).mT @ g
             else:
                 sums[2][block.of_keys] += shares.mT @ g
-            d_scores = shares.mul_(d_shares.sub_(row_delta))
+            d_scores = shares.mul_(d_shares.sub_(delta[:, number][block.of_queries].unsqueeze(-1)))
             if d_mask is not None:
-                _add_reduced(d_mask, (block.batches, slice(head, head + 1), block.rows, block.columns), d_scores)
-            d_scores *= scale
+                _add_reduced(d_mask, (block.batches, slice(number, number + 1), block.rows, block.columns), d_scores)
+            d_scores *= problem.scale
             _add_gradients(sums, block, activations, d_scores)
-        sums[0] *= problem.weight
-        sums[1] *= problem.weight
+        sums[0] *= head.weight
+        sums[1] *= head.weight
         for result, total in zip((d_query, d_key, d_value), sums):
-            result[:, head] = total
-        d_weight[head] = sums[3]
+            result[:, number] = total
+        d_weight[number] = sums[3]
     return d_query, d_key, d_value, d_weight, d_mask
 
 
-def _problem(
-    head: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    *scalars,
-) -> _Problem:
-    arithmetic = torch.float64 if query.dtype == torch.float64 else torch.float32
-    batch, heads, queries = query.shape[:3]
-    slices = (head + heads * torch.arange(batch, device=query.device)).unsqueeze(-1)
-    if attn_mask is not None:
-        attn_mask = attn_mask.expand(batch, heads, queries, key.shape[2])[:, head]
-    tensors = (t.to(arithmetic) for t in (query[:, head], key[:, head], value[:, head], weight[head]))
-    return _Problem(*tensors, attn_mask, key_mask, slices, seed, *scalars)
+def _heads(problem: AdditiveProblem) -> list[_Head]:
+    batch, heads, queries, keys = problem.shape_of_scores
+    first = heads * torch.arange(batch, device=problem.query.device).unsqueeze(-1)
+    mask = problem.attn_mask
+    if mask is not None:
+        mask = mask.expand(batch, heads, queries, keys)
+    query, key, value, weight = (t.to(problem.arithmetic) for t in problem.tensors[:4])
+    return [
+        _Head(
+            query[:, head], key[:, head], value[:, head], weight[head], None if mask is None else mask[:, head],
+            problem.key_mask, first + head, problem.seed, problem.is_causal, problem.dropout_p, problem.scale,
+        )
+        for head in range(heads)
+    ]  # fmt: skip
 
 
-def _blocks(problem: _Problem) -> Iterator[list[_Block]]:
+def _blocks(problem: AdditiveProblem) -> Iterator[list[_Block]]:
     """For one block of queries after another the blocks of the keys that they may see."""
-    (batch, queries, hidden), keys = problem.query.shape, problem.key.shape[1]
+    (batch, _, queries, keys), hidden = problem.shape_of_scores, problem.query.shape[3]
     columns = min(keys, _MOST_KEYS)
     rows = max(1, min(queries, _BLOCK // (columns * hidden)))
     batches = max(1, min(batch, _BLOCK // (columns * hidden * rows)))
@@ -187,31 +222,37 @@ def _blocks(problem: _Problem) -> Iterator[list[_Block]]:
             ]
 
 
-def _buffer(problem: _Problem) -> Tensor:
-    hidden = problem.query.shape[-1]
-    return problem.query.new_empty(max(_BLOCK, min(problem.key.shape[1], _MOST_KEYS) * hidden))
+def _buffer(problem: AdditiveProblem) -> Tensor:
+    size = max(_BLOCK, min(problem.key.shape[2], _MOST_KEYS) * problem.query.shape[3])
+    return problem.query.new_empty(size, dtype=problem.arithmetic)
 
 
-def _activations(problem: _Problem, block: _Block, buffer: Tensor) -> Tensor:
+def _activations(head: _Head, block: _Block, buffer: Tensor) -> Tensor:
     """tanh(query_ic + key_jc) as [batches, rows, columns, hidden], in the buffer."""
-    query, key = problem.query[block.of_queries].unsqueeze(2), problem.key[block.of_keys].unsqueeze(1)
+    query, key = head.query[block.of_queries].unsqueeze(2), head.key[block.of_keys].unsqueeze(1)
     shape = torch.broadcast_shapes(query.shape, key.shape)
     return torch.add(query, key, out=buffer[: shape.numel()].view(shape)).tanh_()
 
 
-def _scores(problem: _Problem, block: _Block, activations: Tensor) -> Tensor:
+def _scores(head: _Head, block: _Block, activations: Tensor) -> Tensor:
     """[batches, rows, columns], -inf where a key is forbidden."""
     *shape, hidden = activations.shape
-    scores = torch.mv(activations.view(-1, hidden), problem.weight).view(shape).mul_(problem.scale)
-    if problem.attn_mask is not None:
-        mask = problem.attn_mask[(*block.of_queries, block.columns)]
+    scores = torch.mv(activations.view(-1, hidden), head.weight).view(shape).mul_(head.scale)
+    if head.attn_mask is not None:
+        mask = head.attn_mask[(*block.of_queries, block.columns)]
         scores = scores.masked_fill_(mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
-    if problem.key_mask is not None:
-        scores.masked_fill_(problem.key_mask[block.of_keys].unsqueeze(1), -torch.inf)
-    if problem.is_causal and block.columns.stop > block.rows.start + 1:
+    if head.key_mask is not None:
+        scores.masked_fill_(head.key_mask[block.of_keys].unsqueeze(1), -torch.inf)
+    if head.is_causal and block.columns.stop > block.rows.start + 1:
         rows, columns = (torch.arange(s.start, s.stop, device=scores.device) for s in (block.rows, block.columns))
         scores.masked_fill_(columns > rows.unsqueeze(-1), -torch.inf)
     return scores
+
+
+def _shares(head: _Head, block: _Block, activations: Tensor, lse: Tensor) -> Tensor:
+    """The weights before dropout, [batches, rows, columns], for lse [batch, Tq]."""
+    row_lse = _finite(lse[block.of_queries]).unsqueeze(-1)
+    return _scores(head, block, activations).sub_(row_lse).exp_()
 
 
 def _finite(lse: Tensor) -> Tensor:
@@ -219,12 +260,12 @@ def _finite(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, 0.0)
 
 
-def _kept(problem: _Problem, block: _Block) -> Tensor:
+def _kept(head: _Head, block: _Block) -> Tensor:
     """What dropout multiplies the weights with."""
-    rows = torch.arange(block.rows.start, block.rows.stop, device=problem.query.device)
+    rows = torch.arange(block.rows.start, block.rows.stop, device=head.query.device)
     columns = range(block.columns.start, block.columns.stop)
-    keep = dropout_keep(problem.seed, problem.slices[block.batches], rows, columns, problem.dropout_p)
-    return keep.to(problem.query.dtype) / (1 - problem.dropout_p)
+    keep = dropout_keep(head.seed, head.slices[block.batches], rows, columns, head.dropout_p)
+    return keep.to(head.query.dtype) / (1 - head.dropout_p)
 
 
 def _add_reduced(total: Tensor, place: tuple[slice, ...], block: Tensor) -> None:

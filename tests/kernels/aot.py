@@ -64,6 +64,7 @@ class AdditiveCase:
     value_dim: int = 64
     mask: str | None = None
     weights: bool = False
+    average: bool = False  # the weights, over the heads
     causal: bool = False
     dropout: float = 0.0
     fast: bool = False
@@ -139,9 +140,11 @@ ADDITIVE_CORE = {
 ADDITIVE_MORE = {
     "additive, wide": AdditiveCase((2, 1, 10, 128), 1024, 1024),
     "additive, decoding, wide": AdditiveCase((64, 1, 1, 66), 1024, 1024),
-    "additive, all options": AdditiveCase((2, 4, 96, 96), mask="added", weights=True, causal=True, dropout=0.1),
+    "additive, all options": AdditiveCase(
+        (2, 4, 96, 96), mask="added", weights=True, average=True, causal=True, dropout=0.1
+    ),
     "additive, fast": AdditiveCase((2, 4, 512, 512), fast=True),
-    "additive, odd and masked": AdditiveCase((2, 3, 33, 65), 37, 41, mask="boolean", aligned=False),
+    "additive, odd and masked": AdditiveCase((2, 3, 33, 65), 37, 41, mask="boolean", weights=True, aligned=False),
 }
 # Attention pooling: where its code differs, and where registers are fewest.
 POOLS = {
@@ -170,6 +173,7 @@ JOBS += [("block in columns", "bf16", target) for target in TARGETS if target !=
 JOBS += [("mixture of 4 Gaussians", "bf16", target) for target in TARGETS]
 JOBS += [("mixture of 8 Gaussians", "fp32", target) for target in ("sm_90", "sm_100")]
 JOBS += [(name, "bf16", "sm_90") for name in ADDITIVE_MORE]
+JOBS += [("additive, odd and masked", "fp64", "sm_90")]  # a mask's type must not decide how float64 is multiplied
 JOBS += [("additive, all options", "fp32", "sm_90")]
 JOBS += [(name, "bf16", "sm_90") for name in POOLS if name != "pool"]
 
@@ -314,15 +318,15 @@ def compile_additive(case: AdditiveCase, dtype: torch.dtype, target: str) -> lis
     """The same of a case of additive attention."""
     from triton.runtime.jit import JITFunction
 
-    from daam_kernels import options
-    from daam_kernels.kernels import additive_backward, additive_forward, additive_host
+    from daam_kernels.kernels import additive_backward, additive_forward, additive_host, additive_weights
+    from daam_kernels.reference.additive_attention_blocks import AdditiveProblem
 
-    jitted = [f for m in (additive_forward, additive_backward) for f in vars(m).values() if isinstance(f, JITFunction)]
+    modules = additive_forward, additive_backward, additive_weights
+    jitted = [f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)]
     for function in jitted:
         function.device_caches.clear()
     additive_host.ON_NVIDIA = TARGETS[target][0] == "cuda"
     batch, heads, queries, keys = case.shape
-    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     query, key = (torch.empty((batch, heads, t, case.hidden), dtype=dtype) for t in (queries, keys))
     value = torch.empty((batch, heads, keys, case.value_dim), dtype=dtype)
     added = case.mask == "added"
@@ -330,11 +334,15 @@ def compile_additive(case: AdditiveCase, dtype: torch.dtype, target: str) -> lis
     key_mask = torch.zeros((batch, keys), dtype=torch.bool) if case.mask else None
     seed = torch.zeros(1, dtype=torch.int64) if case.dropout else None
     tensors = query, key, value, torch.empty((heads, case.hidden)), mask, key_mask, seed
-    chosen = options.AdditiveOptions(case.causal, case.dropout, 1.0, case.fast, case.weights)
+    problem = AdditiveProblem(
+        *tensors, case.causal, case.dropout, 1.0, case.fast, case.weights or case.average, case.average
+    )
     with RecordingDriver(TARGETS[target]) as driver:
-        output, lse, weights = additive_forward.additive_forward(*tensors, chosen)
-        grad = torch.empty_like(output, dtype=arithmetic)
-        additive_backward.additive_backward(grad, weights, *tensors, lse, lse, added, chosen)
+        output, lse, weights = additive_forward.additive_forward(problem)
+        if weights is not None:
+            weights = weights.expand(case.shape)
+            additive_weights.additive_weights_delta(problem, lse, weights)
+        additive_backward.additive_backward(problem, output, weights, lse, lse, added)
     return _statistics_of(driver.launches, jitted, target)
 
 

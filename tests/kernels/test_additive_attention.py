@@ -3,7 +3,7 @@
 import daam_kernels
 import pytest
 import torch
-from additive import assert_contract, exact, masks, problem, public, results, seeded
+from additive import assert_contract, check_average, exact, masks, problem, public, results, seeded
 from daam_kernels import reference
 from support import DTYPES, assert_close, assert_same_bits, device_of, every_second, interpreted, transposed
 
@@ -52,6 +52,10 @@ def test_dropout_drops_what_other_backends_drop(shape):
     expected = exact(*tensors, **options)
     assert torch.equal(got[1].cpu() == 0, expected[1] == 0) and (expected[1] == 0).any()
     assert_contract(got, expected, torch.float32)
+
+
+def test_the_mean_of_the_heads_weights():
+    check_average("triton", torch.float16, DEVICE)
 
 
 def test_layouts_and_repetitions_give_the_same_bits():

@@ -23,14 +23,14 @@ def test_opcheck(kind, need_weights):
     mask = options.get("attn_mask")
     mask = None if mask is None else mask[None].requires_grad_()
     rest = mask, options.get("key_padding_mask"), torch.tensor([3]) if kind else None
-    scalars = bool(kind), 0.25 if kind else 0.0, 0.5, False, need_weights, "reference"
+    scalars = bool(kind), 0.25 if kind else 0.0, 0.5, False, need_weights, need_weights and bool(kind)
     tensors = leaves()
-    torch.library.opcheck(forward, (*tensors, *rest, *scalars))
+    torch.library.opcheck(forward, (*tensors, *rest, *scalars, "reference"))
     tensors = [t.detach() for t in tensors]
-    results = forward(*tensors, *(None if t is None else t.detach() for t in rest), *scalars)
+    results = forward(*tensors, *(None if t is None else t.detach() for t in rest), *scalars, "reference")
     grads = torch.ones_like(results[0]), torch.ones_like(results[2]) if need_weights else None
     rest = tuple(None if t is None else t.detach() for t in rest)
-    arguments = (*grads, *tensors, *rest, *results, kind == "all", *scalars)
+    arguments = (*grads, *tensors, *rest, *scalars, *results[:2], kind == "all", "reference")
     torch.library.opcheck(backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -65,9 +65,9 @@ def test_second_gradients_where_query_is_made_of_key():
 def test_the_gradient_of_a_compiled_call_is_not_differentiable():
     tensors = leaves()
     plain = [t.detach() for t in tensors]
-    scalars = False, 0.0, 1.0, False, False, "reference"
-    results = forward(*plain, None, None, None, *scalars)
-    gradients = backward(torch.ones_like(results[0]), None, *tensors, None, None, None, *results, False, *scalars)
+    rest = None, None, None, False, 0.0, 1.0, False, False, False
+    results = forward(*plain, *rest, "reference")
+    gradients = backward(torch.ones_like(results[0]), None, *tensors, *rest, *results[:2], False, "reference")
     with pytest.raises(RuntimeError, match="not differentiable itself"):
         gradients[0].sum().backward()
 
