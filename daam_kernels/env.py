@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, available_backends, native
+from .kernels import tuning
 
 # Every variable that the package reads, and what it does.
 VARIABLES = {
@@ -20,6 +21,8 @@ VARIABLES = {
     "DAAM_KERNELS_INSTRUCTION_SET": "of the native CPU kernels, instead of the best one",
     "DAAM_KERNELS_HUGE_PAGES": "1: native asks for huge pages below large results",
     "DAAM_KERNELS_CUDA_DRIVER": "another library with the CUDA driver's interface",
+    "DAAM_KERNELS_TUNED": "0: tiles found by python -m benchmarks tune are not used",
+    "DAAM_KERNELS_CACHE": "the folder that they are kept in, instead of the user's cache folder",
     "TRITON_INTERPRET": "1: triton runs in its interpreter, on CPU tensors",
 }
 
@@ -33,6 +36,7 @@ def report() -> str:
         "Devices": _devices(),
         "Backends": _backends(),
         "Native library": _native(),
+        "Tuned tiles": _tuned(),
         "Environment variables": _environment(),
     }
     return "\n\n".join("\n".join([title, *_table(rows)]) for title, rows in sections.items())
@@ -71,6 +75,20 @@ def _native() -> dict[str, str]:
     if loaded:
         rows["instruction set"] = f"{native.instruction_set()}, of {', '.join(native.instruction_sets())}"
     return rows
+
+
+def _tuned() -> dict[str, str]:
+    if not torch.cuda.is_available():
+        devices = [torch.device("cpu")]
+    else:
+        devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    rows = {}
+    for model in filter(None, map(tuning.model_of, devices)):
+        path = tuning.path_of(model)
+        choices, reason = tuning.read(path, model)
+        used = f"{len(choices)} used" if tuning.switched_on() else f"not used: {tuning.SWITCH} is 0"
+        rows[model.name] = f"{path}, {used}{reason and f' ({reason})'}"
+    return rows or {"none": f"there is no GPU to tune for; they would lie in {tuning.folder()}"}
 
 
 def _environment() -> dict[str, str]:

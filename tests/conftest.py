@@ -17,6 +17,7 @@ if not HAVE_GPU:
 
 # The tests name their backend; a variable left over in the shell must not choose another one behind their back.
 os.environ.pop("DAAM_KERNELS_BACKEND", None)
+os.environ["DAAM_KERNELS_TUNED"] = "0"  # nor a tile that somebody tuned
 
 # An interpreted kernel takes seconds where it would take microseconds, so no example has a deadline.
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..options import DensityOptions
 from ..sequences import packing
 from ..slices import packed_view, slice_view, with_views
-from .launch import Launch, density_launch
+from .launch import PROCESSORS, Launch, density_launch
+from .tuning import tuned_choices
 
 # Plain numbers: what divides them is told to the compiler by VEC, so their values must not make new kernels.
 SIZES = ["outer", "chunk", "length", "num_heads", "num_gaussians", "num_slices", "num_chunks", "num_partials", "tiles"]
@@ -55,7 +56,7 @@ def prepare(
     else:
         num_heads, num_gaussians = mean_offsets[0].shape[0], tuple(m.shape[1] for m in mean_offsets)
     launch = _launch(
-        x.shape, num_sequences, x.dtype, layouts, names, mask is not None, num_heads, num_gaussians, options
+        x.shape, num_sequences, x.dtype, x.device, layouts, names, mask is not None, num_heads, num_gaussians, options
     )
     if mask is None:
         return launch, tensors, None
@@ -91,6 +92,7 @@ def _launch(
     shape: torch.Size,
     num_sequences: int | None,
     dtype: torch.dtype,
+    device: torch.device,
     layouts: tuple[tuple[int, ...], ...],
     names: tuple[str, ...],
     has_mask: bool,
@@ -118,4 +120,17 @@ def _launch(
         "EPS": options.eps,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
     }
-    return density_launch(view, names, num_heads, 1 if flags["PER_FEATURE"] else num_gaussians, dtype.itemsize, flags)
+    num_gaussians = 1 if flags["PER_FEATURE"] else num_gaussians
+    of_device = processors(device), tuned_choices(device)
+    return density_launch(view, names, num_heads, num_gaussians, dtype.itemsize, flags, *of_device)
+
+
+def processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def forget_launches() -> None:
+    """The next calls work out their launches anew."""
+    _launch.cache_clear()

@@ -8,8 +8,10 @@ every slice has a length of its own: then the slices of a tile are always of one
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import gcd
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,12 +41,70 @@ LIMIT_REGISTERS = torch.version.hip is None  # told that all may be used, ptxas 
 _WARPS_ROWS, _WARPS_COLUMNS = 16, 8
 _THREAD_ELEMENTS = 8
 _WIDE_ROW, _NARROW_ROW = 256, 64  # bytes of neighbouring slices in a row of a tile, at best and at least
-_REGISTERS = 255  # of a thread, at most
-_PROGRAMS = 528  # that long slices are split for: four for each of an H200's 132 processors
+_REGISTERS, _FEWEST_REGISTERS = 255, 32  # of a thread, at most, and at least
+PROCESSORS = 132  # of an H200, where nobody knows those of the device
+_PROGRAMS_EACH = 4  # for each of its processors, that long slices are split for
+_MOST_WARPS = 16
 _FEATURES, _ROWS = 64, 16  # whose partial sums a program adds, and how many at a time
 MOST_LAYERS = 6  # that one sweep takes: each makes the kernels longer, and they take longer to compile
 _FEW_LAYERS = 3  # and in columns of float64 or with padding, where six spill
 _REDUCTION = 4096  # partial sums of the parameter gradients that are added at a time
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the choice of a tile depends on, beside the device.
+
+    ``length`` is that of the longest slice, all heads together; of ``packed`` sequences outer counts them. ``vec``:
+    see :class:`Tile`. ``num_mixed`` are the Gaussians of a mixture, else 0.
+    """
+
+    density: str
+    outer: int
+    length: int
+    inner: int
+    packed: bool
+    columns: bool
+    vec: int
+    num_heads: int
+    itemsize: int
+    backward: bool
+    padded: bool
+    num_layers: int
+    num_mixed: int
+
+    @property
+    def chunk(self) -> int:
+        """Elements of a slice of any head but the last."""
+        return self.length // self.num_heads
+
+    @property
+    def longest(self) -> int:
+        """Elements of the longest slice."""
+        longest = self.length - (self.num_heads - 1) * self.chunk
+        if self.packed:  # a sequence one element short of another whole chunk leaves the last head the most
+            longest = max(longest, self.chunk + self.num_heads - 2)
+        return longest
+
+    @property
+    def apart(self) -> bool:
+        """Whether the slices of a tile are of one place in outer."""
+        return self.columns or self.packed
+
+    @property
+    def slices(self) -> int:
+        """Slices of a head that tiles can share."""
+        return self.inner if self.apart else self.outer * self.inner
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of a tile is free to choose; ``registers`` of a thread, at most."""
+
+    block_r: int
+    block_s: int
+    num_warps: int
+    registers: int
 
 
 @dataclass(frozen=True)
@@ -98,18 +158,24 @@ def density_launch(
     num_gaussians: int | tuple[int, ...],
     itemsize: int,
     flags: dict[str, Any],
+    processors: int = PROCESSORS,
+    tuned: Mapping[Problem, Choice] = MappingProxyType({}),
 ) -> Launch:
     """The launch of one direction: backward where ``names`` has a g.
 
     ``num_gaussians``: for a block, one for each of its layers.
     ``names`` are those of the tensors whose strides ``view`` has, in its order; a mask's strides may follow them.
     ``itemsize`` is x's, in bytes; ``flags`` are passed on to the kernels as they are.
+    ``processors`` are the device's; ``tuned`` are choices that go before the ladder's, without a :func:`fault`.
     """
     mask_strides = view.strides[len(names)] if len(view.strides) > len(names) else (0, 0, 0)
     view = replace(view, strides=view.strides[: len(names)])
     layers = num_gaussians if isinstance(num_gaussians, tuple) else (num_gaussians,)
     num_mixed = num_gaussians if flags["MIXTURE"] and flags["NORMALISED"] else 0
-    tile = density_tile(view, num_heads, itemsize, "g" in names, flags["PADDED"], len(layers), num_mixed)
+    problem = density_problem(
+        view, num_heads, itemsize, "g" in names, flags["PADDED"], len(layers), num_mixed, _density(flags)
+    )
+    tile = cut(problem, tuned.get(problem) or ladder(problem, processors), processors)
     chunk, vec = view.length // num_heads, tile.vec
     num_partials = tile.num_blocks
     if flags["MIXTURE"]:  # a tile each
@@ -176,62 +242,142 @@ def density_tile(
     padded: bool = False,
     num_layers: int = 1,
     num_mixed: int = 0,
+    processors: int = PROCESSORS,
 ) -> Tile:
-    """The tile of one direction; ``padded`` where elements can be padding, and ``num_layers`` of a block whose slices
-    fit, both of which cost registers, as do the ``num_mixed`` Gaussians of a mixture, which 0 says it is not."""
-    chunk = view.length // num_heads
-    longest = view.length - (num_heads - 1) * chunk
-    if view.packed:  # a sequence one element short of another whole chunk leaves the last head the most
-        longest = max(longest, chunk + num_heads - 2)
+    """The tile that the ladder gives one direction; ``padded`` where elements can be padding, and ``num_layers`` of a
+    block whose slices fit, both of which cost registers, as do the ``num_mixed`` Gaussians of a mixture, which 0 says
+    it is not."""
+    problem = density_problem(view, num_heads, itemsize, backward, padded, num_layers, num_mixed)
+    return cut(problem, ladder(problem, processors), processors)
+
+
+def density_problem(
+    view: SliceView,
+    num_heads: int,
+    itemsize: int,
+    backward: bool,
+    padded: bool = False,
+    num_layers: int = 1,
+    num_mixed: int = 0,
+    density: str = "product",
+) -> Problem:
+    """What there is to cut; the arguments are those of :func:`density_tile`."""
     unit_r = all(s[1] == 1 for s in view.strides)
     unit_i = view.inner > 1 and all(s[2] == 1 for s in view.strides)
-    columns = unit_i and not unit_r and (view.inner >= 32 or longest * view.inner >= 1024)
-    block_r = _power_of_two(longest)
-    largest, narrow, wide = _room(itemsize, backward, columns, padded, num_layers)
-    if num_layers > 1 and block_r * narrow > largest:  # a block is never split, and fits along rows then
-        columns = False
-        largest, narrow, wide = _room(itemsize, backward, columns, padded, num_layers)
-    vec = _vector(view, chunk, columns, unit_r, itemsize)
-    apart = columns or view.packed  # the slices of a tile are of one place in outer
-    slices = view.inner if apart else view.outer * view.inner
+    sizes = dict(density=density, outer=view.outer, length=view.length, inner=view.inner, packed=view.packed)
+    others = dict(num_heads=num_heads, itemsize=itemsize, backward=backward, padded=padded)
+    problem = Problem(**sizes, **others, columns=False, vec=1, num_layers=num_layers, num_mixed=num_mixed)
+    columns = unit_i and not unit_r and (view.inner >= 32 or problem.longest * view.inner >= 1024)
+    if columns and num_layers > 1:  # a block is never split, and fits along rows where it does not in columns
+        largest, narrow, _ = _room(itemsize, backward, True, padded, num_layers)
+        columns = _power_of_two(problem.longest) * narrow <= largest
+    return replace(problem, columns=columns, vec=_vector(view, problem.chunk, columns, unit_r, itemsize))
 
+
+def ladder(problem: Problem, processors: int = PROCESSORS) -> Choice:
+    """The choice worked out from sizes alone, right without a measurement."""
+    itemsize, slices, longest = problem.itemsize, problem.slices, problem.longest
+    largest, narrow, wide = _room_of(problem)
     scale = max(itemsize, 4) // 4
     available = _power_of_two(slices)
     narrow, wide = min(available, narrow), min(available, wide)
-    usual, merged = BUDGET.usual // scale**2, BUDGET.merged // scale**2
+    usual, merged = BUDGET.usual // scale**2, _merged(problem)
+    block_r = _power_of_two(longest)
     split = block_r * narrow > largest
     if split:
-        block_s = wide
-        while block_s > narrow and view.outer * -(-slices // block_s) * num_heads * (merged // block_s) < _PROGRAMS:
+        block_s, programs = wide, _PROGRAMS_EACH * processors
+        runs = problem.outer * problem.num_heads
+        while block_s > narrow and runs * -(-slices // block_s) * (merged // block_s) < programs:
             block_s //= 2
         block_r = max(1, BUDGET.split // scale**2 // block_s)
-    elif columns:
+    elif problem.columns:
         block_s = max(narrow, min(wide, largest // block_r), min(available, usual // block_r))
     else:
         block_s = max(1, min(available, usual // block_r))
-    num_blocks = -(-slices // block_s) * (view.outer if apart else 1)
-    num_chunks, tiles = 0, 1
-    if split:
-        row_tiles = -(-longest // block_r)
-        most = min(row_tiles, max(1, merged // block_s))
-        tiles = -(-row_tiles // min(most, -(-_PROGRAMS // (num_blocks * num_heads))))
-        num_chunks = -(-row_tiles // tiles)
-    equal = not view.packed and view.length == num_heads * chunk
-    whole = equal and chunk == block_r * tiles * max(1, num_chunks) and slices % block_s == 0
 
     # Fewer warps have more registers for a thread.
-    few_warps = columns or split or (backward and (itemsize == 8 or num_layers > 1))
+    few_warps = problem.columns or split or (problem.backward and (itemsize == 8 or problem.num_layers > 1))
     most_warps = _WARPS_COLUMNS if few_warps else _WARPS_ROWS
     elements, registers = _THREAD_ELEMENTS, _REGISTERS
-    if num_mixed and not (backward or columns or split or itemsize == 8):
+    if problem.num_mixed and not (problem.backward or problem.columns or split or itemsize == 8):
         # What a thread does once for its slices is shared by its elements, but masks take registers, and slices do.
         elements = 16
-        if whole and not padded and block_r >= 256:
-            most = itemsize == 2 and block_r >= 4096 and num_mixed <= 4
+        if _is_whole(problem, block_r, block_s) and not problem.padded and block_r >= 256:
+            most = itemsize == 2 and block_r >= 4096 and problem.num_mixed <= 4
             elements, registers = (64, _REGISTERS) if most else (32, _REGISTERS // 2 + 1)
     num_warps = min(most_warps, max(1, block_r * block_s * scale // (32 * elements)))
-    registers = min(registers, 65536 // (32 * num_warps))
-    return Tile(columns, block_r, block_s, vec, num_warps, registers, num_blocks, tiles, num_chunks, whole)
+    return Choice(block_r, block_s, num_warps, min(registers, most_registers(num_warps)))
+
+
+def cut(problem: Problem, choice: Choice, processors: int = PROCESSORS) -> Tile:
+    """The tile of a choice: a slice that it does not hold whole is split, over enough programs to fill the device."""
+    block_r, block_s = choice.block_r, choice.block_s
+    num_blocks = -(-problem.slices // block_s) * (problem.outer if problem.apart else 1)
+    num_chunks, tiles = 0, 1
+    if block_r < problem.longest:
+        row_tiles = -(-problem.longest // block_r)
+        most = min(row_tiles, max(1, _merged(problem) // block_s))
+        tiles = -(-row_tiles // min(most, -(-_PROGRAMS_EACH * processors // (num_blocks * problem.num_heads))))
+        num_chunks = -(-row_tiles // tiles)
+    whole = _is_whole(problem, block_r * tiles * max(1, num_chunks), block_s)
+    return Tile(
+        problem.columns, block_r, block_s, problem.vec, choice.num_warps, choice.registers, num_blocks, tiles,
+        num_chunks, whole,
+    )  # fmt: skip
+
+
+def fault(problem: Problem, choice: Choice) -> str:
+    """What is wrong with a choice that the ladder did not make; empty where it may be launched."""
+    sizes = {"block_r": choice.block_r, "block_s": choice.block_s, "num_warps": choice.num_warps}
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1 or size & (size - 1):
+            return f"{name} must be a power of two, got {size!r}"
+    if choice.num_warps > _MOST_WARPS:
+        return f"num_warps must be at most {_MOST_WARPS}, got {choice.num_warps}"
+    most = most_registers(choice.num_warps)
+    if type(choice.registers) is not int or not _FEWEST_REGISTERS <= choice.registers <= most:
+        return f"registers of {choice.num_warps} warps must be {_FEWEST_REGISTERS} to {most}, got {choice.registers!r}"
+    largest, narrow, _ = _room_of(problem)
+    largest = max(largest, _room_of(replace(problem, columns=False))[0])
+    rows, slices = _power_of_two(problem.longest), _power_of_two(problem.slices)
+    if choice.block_r > rows or choice.block_s > slices:
+        return f"a tile of {choice.block_r} by {choice.block_s} is larger than {rows} by {slices}, which hold all"
+    if choice.block_r * choice.block_s > largest:
+        return f"a tile must have at most {largest} elements, got {choice.block_r} by {choice.block_s}"
+    if choice.block_s < min(narrow, slices):
+        return f"block_s must be at least {min(narrow, slices)}, got {choice.block_s}"
+    if 32 * choice.num_warps > max(32, choice.block_r * choice.block_s):
+        return f"{choice.num_warps} warps are more threads than {choice.block_r} by {choice.block_s} elements"
+    if choice.block_r < problem.longest and problem.num_layers > 1:
+        return f"a block must not be split: block_r must be {rows}, got {choice.block_r}"
+    if choice.block_r < problem.longest and choice.block_s > _merged(problem):
+        return f"block_s of split slices must be at most {_merged(problem)}, got {choice.block_s}"
+    return ""
+
+
+def most_registers(num_warps: int) -> int:
+    """That a thread of so many warps may have."""
+    return min(_REGISTERS, 65536 // (32 * num_warps))
+
+
+def _density(flags: dict[str, Any]) -> str:
+    if not flags["MIXTURE"]:
+        return "product"
+    return "mixture" if flags["NORMALISED"] else "gaussian" if flags["PER_FEATURE"] else "gate"
+
+
+def _is_whole(problem: Problem, rows: int, block_s: int) -> bool:
+    """Whether ``rows`` of tiles of ``block_s`` slices have no row and no slice too many."""
+    equal = not problem.packed and problem.length == problem.num_heads * problem.chunk
+    return equal and problem.chunk == rows and problem.slices % block_s == 0
+
+
+def _merged(problem: Problem) -> int:
+    return BUDGET.merged // (max(problem.itemsize, 4) // 4) ** 2
+
+
+def _room_of(problem: Problem) -> tuple[int, int, int]:
+    return _room(problem.itemsize, problem.backward, problem.columns, problem.padded, problem.num_layers)
 
 
 def _room(itemsize: int, backward: bool, columns: bool, padded: bool, num_layers: int) -> tuple[int, int, int]:

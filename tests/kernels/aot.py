@@ -275,7 +275,7 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
     for function in jitted:
         function.device_caches.clear()
     launch.LIMIT_REGISTERS = TARGETS[target][0] == "cuda"
-    host._launch.cache_clear()
+    host.forget_launches()
     case = CASES[name]
     if isinstance(case, AdditiveCase):
         return compile_additive(case, DTYPES[dtype], target)
