@@ -13,6 +13,7 @@ from .kernels import cli as kernels
 from .kernels import compare
 from .pool import cli as pool
 from .quickstart import cli as quickstart
+from .tune import cli as tune
 from .verify import cli as verify
 
 _FAMILIES = {
@@ -24,6 +25,7 @@ _FAMILIES = {
     "kernels": kernels,
     "pool": pool,
     "quickstart": quickstart,
+    "tune": tune,
     "verify": verify,
 }
 _EXTRAS = {"tqdm", "matplotlib", "gaussian_adaptive_attention", "sklearn"}

@@ -14,9 +14,12 @@ import torch
 
 import daam_kernels
 from daam_kernels import native
+from daam_kernels.kernels import tuning
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
-_SETTINGS = ("DAAM_KERNELS_BACKEND", "DAAM_KERNELS_HUGE_PAGES", "DAAM_KERNELS_INSTRUCTION_SET")  # change the numbers
+_SETTINGS = (  # that change the numbers
+    "DAAM_KERNELS_BACKEND", "DAAM_KERNELS_HUGE_PAGES", "DAAM_KERNELS_INSTRUCTION_SET", "DAAM_KERNELS_TUNED",
+)  # fmt: skip
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -41,6 +44,7 @@ def describe(device: torch.device) -> dict[str, str | int | float | None]:
         "upstream": _version("gaussian-adaptive-attention"),
         "instruction_set": native.instruction_set() if native.status()[0] else None,
         "huge_pages": _huge_pages(),
+        "tuned_tiles": len(tuning.tuned_choices(torch.empty(0, device=device).device)) or None,
         "settings": " ".join(f"{name}={os.environ[name]}" for name in _SETTINGS if os.environ.get(name)) or None,
         "python": platform.python_version(),
         "platform": _system(),

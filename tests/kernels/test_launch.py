@@ -1,9 +1,12 @@
 """Launch configurations, checked without a GPU: every slice is covered once, nothing is larger than a GPU allows."""
 
-from math import prod
+from itertools import product
+from math import gcd, prod
 
 import pytest
 import torch
+from benchmarks.kernels.shapes import SHAPES
+from benchmarks.tune.candidates import neighbours
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,27 +35,60 @@ def test_tiles_cover_every_slice_and_fit(outer, heads, extra, inner, itemsize, b
     longest = length - (heads - 1) * (length // heads)
     view = view_of(outer, length, inner)
     tile = density_tile(view, heads, itemsize, backward, padded)
+    assert_covers(tile, view, heads, itemsize)
+    if tile.num_chunks:
+        assert launch._power_of_two(tile.num_chunks) * tile.block_s <= 2 * launch.BUDGET.merged
+    else:
+        assert longest <= tile.block_r < 2 * longest
 
+
+@given(
+    outer=st.integers(1, 1 << 20),
+    heads=st.integers(1, 70),
+    extra=st.integers(0, 1 << 22),
+    inner=st.integers(1, 1 << 16),
+    itemsize=st.sampled_from([2, 4, 8]),
+    backward=st.booleans(),
+    steps=st.lists(st.integers(0, 20), max_size=4),
+)
+def test_every_choice_without_a_fault_covers_every_slice_and_fits(
+    outer, heads, extra, inner, itemsize, backward, steps
+):
+    """Those that the tuner can come upon, starting from the ladder's."""
+    view = view_of(outer, 2 * heads + extra, inner)
+    problem = launch.density_problem(view, heads, itemsize, backward)
+    choice = launch.ladder(problem)
+    assert not launch.fault(problem, choice)
+    for step in steps:
+        around = neighbours(problem, choice)
+        assert choice not in around
+        if around:
+            choice = around[step % len(around)]
+            assert_covers(launch.cut(problem, choice), view, heads, itemsize)
+
+
+def assert_covers(tile, view, heads, itemsize):
+    outer, length, inner = view.outer, view.length, view.inner
+    longest = length - (heads - 1) * (length // heads)
     assert tile.block_r & (tile.block_r - 1) == 0 and tile.block_s & (tile.block_s - 1) == 0
     if tile.num_chunks:
         assert (
             tile.num_chunks * tile.tiles * tile.block_r >= longest > (tile.num_chunks - 1) * tile.tiles * tile.block_r
         )
-        assert launch._power_of_two(tile.num_chunks) * tile.block_s <= 2 * launch.BUDGET.merged
         assert tile.num_chunks <= 65535  # of a grid's second axis
     else:
-        assert longest <= tile.block_r < 2 * longest and tile.tiles == 1
+        assert longest <= tile.block_r and tile.tiles == 1
     rows, slices = tile.block_r * tile.tiles * max(1, tile.num_chunks), tile.num_blocks * tile.block_s
     if tile.whole:  # what the programs take is what there is, to the element
         assert rows * heads * slices == length * outer * inner
     else:
-        assert rows * heads * slices > length * outer * inner or extra % heads
+        assert rows * heads * slices > length * outer * inner or length % heads
     if tile.columns:
         assert tile.num_blocks % outer == 0
         assert tile.num_blocks // outer * tile.block_s >= inner > (tile.num_blocks // outer - 1) * tile.block_s
     else:
         assert tile.num_blocks * tile.block_s >= outer * inner > (tile.num_blocks - 1) * tile.block_s
-    assert 1 <= tile.num_warps <= 16
+    assert 1 <= tile.num_warps <= 16 and 32 * tile.num_warps * tile.registers <= 65536
     elements = 16384 if itemsize < 8 else 4096
     assert tile.block_r * tile.block_s <= elements
     assert itemsize * tile.vec <= 16
@@ -149,10 +185,10 @@ def test_the_contiguous_axis_decides_what_neighbours_in_a_tile_are():
 
 
 def test_few_long_slices_are_split_over_the_whole_gpu():
-    for view in (view_of(1, 1 << 24, 1), view_of(4, 1 << 20, 8)):
+    for view, processors in product((view_of(1, 1 << 24, 1), view_of(4, 1 << 20, 8)), PROCESSORS.values()):
         for backward in (False, True):
-            tile = density_tile(view, 1, 4, backward)
-            assert tile.num_chunks * tile.num_blocks >= 264  # two for each processor of an H200
+            tile = density_tile(view, 1, 4, backward, processors=processors)
+            assert 2 * processors <= tile.num_chunks * tile.num_blocks <= 4 * processors
     assert density_tile(view_of(1 << 16, 1 << 16, 1), 1, 4, False).num_chunks == 1  # enough slices as they are
 
 
@@ -162,6 +198,53 @@ def test_the_number_of_gaussians_changes_one_block_size_alone():
     assert one.tile == many.tile
     differing = {name for name in one.values if one.values[name] != many.values[name]}
     assert differing == {"BLOCK_K", "num_gaussians"}
+
+
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}  # A100, H200, B200
+
+
+def tiles_of(shape, itemsize, processors):
+    """(problem, tile) of both directions of a shape of the performance page."""
+    x = torch.empty(shape.dims, device="meta")
+    dense = (x.to(memory_format=torch.channels_last) if shape.channels_last else x).stride()
+    for backward in (False, True):
+        layouts = (dense,) * (3 if backward else 2)
+        if shape.sequences:
+            view = packed_view(len(shape.sequences), max(shape.sequences), shape.dims[1], *layouts)
+        else:
+            view = slice_view(shape.dims, shape.norm_axis % x.dim(), *layouts)
+        mixed = (shape.num_gaussians or 4) if shape.operator == "mixture" else 0
+        problem = launch.density_problem(view, shape.num_heads, itemsize, backward, False, 1, mixed)
+        yield problem, launch.cut(problem, launch.ladder(problem, processors), processors)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("architecture", PROCESSORS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_ladder_is_sensible_for_the_shapes_that_count(name, architecture, itemsize):
+    """On each of the architectures, all of which have 65536 registers and 2048 threads a processor.
+
+    A register model, of 4 bytes each: x and the weight of an element, the gradient too in a backward pass; the
+    statistics of each slice that a thread has a part of, as many as it loads at once in columns; addresses. It says 68
+    to 224 of six kernels for which the compiler takes 75 to 235 on sm_90.
+    """
+    processors = PROCESSORS[architecture]
+    for problem, tile in tiles_of(SHAPES[name], itemsize, processors):
+        threads, words = 32 * tile.num_warps, max(1, itemsize // 4)
+        elements = -(-tile.block_r * tile.block_s // threads)
+        of_slice = 20 if problem.backward else 12
+        registers = words * (elements * (3 if problem.backward else 2) + of_slice * (tile.vec if tile.columns else 1))
+        assert registers + 40 <= tile.registers <= 65536 // threads
+        assert tile.vec == gcd(16 // itemsize, problem.inner if tile.columns else problem.chunk)
+        if tile.columns:  # bytes beside each other that a warp reads of a row
+            narrowest = 64 if tile.block_r * 128 // itemsize > launch.BUDGET.forward_columns // 4 else 128
+            assert tile.block_s * itemsize >= min(narrowest, problem.inner * itemsize)
+        else:
+            assert tile.block_r * itemsize >= min(512, problem.longest * itemsize)
+        programs = tile.num_blocks * problem.num_heads * max(1, tile.num_chunks)
+        numel = problem.outer * problem.length * problem.inner
+        few = numel <= processors * launch.BUDGET.usual // words**2  # not even a tile for each processor
+        assert programs >= 0.9 * processors or few
 
 
 LAYOUTS = {
