@@ -155,7 +155,7 @@ def _operator(*arguments):
             pooling.x, pooling.scorer, pooling.blocks(), pooling.num_bags, pooling.keep, pooling.dropout_p, into
         )
     if need_weights:
-        lengths = None if pooling.cu_seqlens is None else packing(pooling.cu_seqlens).lengths
+        lengths = None if pooling.cu_seqlens is None else pooling.cu_seqlens.diff()
         scores = in_blocks.weights_from_scores(scores, lse, lengths)
         if pooling.keep is not None:
             scores.mul_(pooling.keep).div_(1 - pooling.dropout_p)
@@ -183,7 +183,8 @@ def _operator_backward(grad_context, grad_weights, *arguments):
             inner += through_weights.sum(-1)
         elif through_weights.numel():
             lengths = pooling.cu_seqlens.long().diff()
-            inner += torch.segment_reduce(through_weights.T.contiguous(), "sum", lengths=lengths, axis=0)
+            # unsafe: to check the lengths, as the forward did, waits for the GPU
+            inner += torch.segment_reduce(through_weights.T.contiguous(), "sum", lengths=lengths, axis=0, unsafe=True)
     if _on_triton(pooling, backend):
         from ..kernels.attention_pool import pool_backward
 

@@ -86,12 +86,13 @@ def _packed(x: Tensor, valid: Tensor | None, bounds: Sequence[int], at_once: int
         end = min(begin + at_once, bounds[min(first + _MOST_BAGS, len(bounds) - 1)])
         last = bisect_right(bounds, end - 1)
         rows, bags, member = slice(begin, end), slice(first, last), None
-        if last - first > 1 or valid is not None:
+        if last - first > 1:
             there = torch.arange(begin, end, device=x.device)
             edges = torch.tensor(bounds[first : last + 1], device=x.device)[:, None]
             member = ((there >= edges[:-1]) & (there < edges[1:])).unsqueeze(0)
-            if valid is not None:
-                member &= valid[rows]
+        if valid is not None:
+            of_rows = valid[rows].view(1, 1, -1)
+            member = of_rows if member is None else member & of_rows
         yield Block(None, rows, bags, member, valid is not None)
         begin = end
 
@@ -214,12 +215,15 @@ class ScorerGradients:
         return [None if t is None else t.to(like.dtype) for t, like in zip(self._sums, self._like)]
 
 
-def weights_from_scores(scores: Tensor, lse: Tensor, lengths: Sequence[int] | None) -> Tensor:
-    """The softmax, in the place of ``scores``: [bags, hops, rows], or [hops, total] of bags of these ``lengths``."""
+def weights_from_scores(scores: Tensor, lse: Tensor, lengths: Tensor | None) -> Tensor:
+    """The softmax, in the place of ``scores``: [bags, hops, rows], or [hops, total] of bags of these ``lengths``.
+
+    Nothing is read on the host.
+    """
     base = lse.masked_fill(lse == -torch.inf, 0)
     if lengths is None:
         return scores.sub_(base.unsqueeze(-1)).exp_()
-    of_rows = base.repeat_interleave(torch.tensor(lengths, device=scores.device), 0, output_size=scores.shape[1])
+    of_rows = base.repeat_interleave(lengths, 0, output_size=scores.shape[1])
     return scores.sub_(of_rows.T).exp_()
 
 
