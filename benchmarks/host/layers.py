@@ -81,7 +81,7 @@ def _affine(case: Case) -> Layer:
 
 
 def _module(case: Case, backend: str) -> Layer:
-    module = daam_kernels.FusedMultiHeadDAAM(case.shape.norm_axis, *case.c.shape, backend=backend)
+    module = daam_kernels.FusedMultiHeadDAAM(case.shape.norm_axis, *case.c.shape, backend=backend, device=case.x.device)
     module.mean_offsets.data, module.c.data = (value.clone() for value in (case.mean_offsets, case.c))
     return _differentiable(MODULE, case, module, (module.mean_offsets, module.c))
 
