@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from daam_kernels import explain
+from daam_kernels.explain import alignment
 
 pytest.importorskip("matplotlib")
 
@@ -26,6 +27,21 @@ def test_long_sequences_have_fewer_labels():
     figure = explain.plot_alignment(np.ones((400, 90)), ["word"] * 90, ["word"] * 400)
     axes = figure.axes[0]
     assert len(axes.get_xticks()) <= 60 and len(axes.get_yticks()) <= 60
+
+
+def test_rows_as_they_come_and_many_tokens_in_a_cell(monkeypatch):
+    monkeypatch.setattr(alignment, "_MOST_CELLS", 3)
+    weights = torch.arange(35.0).view(5, 7)
+    figures = [explain.plot_alignment(given, "a" * 7, "b" * 5) for given in (weights, iter(weights.split(2)))]
+    for figure in figures:
+        (image,) = figure.axes[0].get_images()
+        assert image.get_array().tolist() == [[9, 12, 13], [23, 26, 27], [30, 33, 34]]  # three columns, two rows each
+        assert image.get_extent() == [-0.5, 8.5, 5.5, -0.5]
+        assert figure.axes[0].get_xlim() == (-0.5, 6.5) and figure.axes[0].get_ylim() == (4.5, -0.5)
+    with pytest.raises(ValueError, match=r"weights must have len\(target\)=5 rows, got 4 in all"):
+        explain.plot_alignment(iter(weights[:4].split(2)), "a" * 7, "b" * 5)
+    with pytest.raises(ValueError, match=r"got \[3, 7\] after 3 rows"):
+        explain.plot_alignment(iter((weights[:3], weights[:3])), "a" * 7, "b" * 5)
 
 
 @pytest.mark.parametrize(

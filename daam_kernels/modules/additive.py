@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import FLOATING_TYPES, check_choice, check_count, check_dropout, shape_of
-from ..additive import additive_attention
+from ..additive import _check_attn_mask, additive_attention
 from ..backends import BACKENDS
+
+_STREAMED = 1 << 24  # weights of a block, of all heads
 
 
 class ProjectedKeys(NamedTuple):
@@ -32,6 +34,16 @@ class ProjectedKeys(NamedTuple):
             raise ValueError("more must be batched where these keys are, and only there")
         pairs = (self.key, more.key), (self.value, more.value)
         return ProjectedKeys(*(torch.cat(pair, dim=2) for pair in pairs), self.is_batched)
+
+
+class _Call(NamedTuple):
+    """What a call of the module attends with: batched, projected, checked against the module."""
+
+    query: Tensor  # [batch, heads, Tq, hidden_dim // heads]
+    keys: ProjectedKeys
+    key_padding_mask: Tensor | None  # [batch, Tk]
+    attn_mask: Tensor | None
+    is_batched: bool
 
 
 class AdditiveAttention(nn.Module):
@@ -162,31 +174,10 @@ class AdditiveAttention(nn.Module):
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it, what it got and what it takes.
         """
-        is_batched = self._check_input("query", query, self.input_dim, "input_dim")
-        if not isinstance(key, ProjectedKeys):
-            key = self.project_keys(key, value)
-        elif value is not None:
-            raise ValueError("value must be None where key is ProjectedKeys, which have the values already")
-        if key.is_batched != is_batched:
-            names = "[batch, T, size]", "[T, size]"
-            first, second = names if is_batched else names[::-1]
-            raise ValueError(f"query and key must both be batched or neither, got query {first} and key {second}")
-        batch = query.shape[0] if is_batched else 1
-        if key.key.shape[0] != batch:
-            raise ValueError(f"key must have query's batch of {batch}, got {key.key.shape[0]}")
-        if isinstance(key_padding_mask, Tensor) and not is_batched:
-            if key_padding_mask.dim() != 1:
-                keys = key.key.shape[2]
-                raise ValueError(
-                    f"key_padding_mask must have shape [Tk={keys}] where query is unbatched, "
-                    f"got {shape_of(key_padding_mask)}"
-                )
-            key_padding_mask = key_padding_mask.unsqueeze(0)
-        if isinstance(attn_mask, Tensor) and attn_mask.dim() == 3 and len(attn_mask) == batch * self.num_heads:
-            attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
+        call = self._call(query, key, value, key_padding_mask, attn_mask)
         results = additive_attention(
-            self._heads(self.query_proj(query if is_batched else query.unsqueeze(0))), key.key, key.value,
-            self._weight(), attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
+            call.query, call.keys.key, call.keys.value, self._weight(), attn_mask=call.attn_mask,
+            key_padding_mask=call.key_padding_mask, is_causal=is_causal,
             dropout_p=self.dropout if self.training else 0.0, need_weights=need_weights,
             average_weights=average_attn_weights, fast_tanh=self.fast_tanh, backend=self.backend,
         )  # fmt: skip
@@ -194,13 +185,70 @@ class AdditiveAttention(nn.Module):
         output = output.transpose(1, 2).flatten(2)
         if self.out_proj is not None:
             output = self.out_proj(output)
-        if not is_batched:
+        if not call.is_batched:
             output = output.squeeze(0)
         if self.linear_out is not None:
             output = self.linear_out(torch.cat((output, query), -1))
-        if weights is not None and not is_batched:
+        if weights is not None and not call.is_batched:
             weights = weights.squeeze(0)
         return output, weights
+
+    @torch.no_grad()
+    def weights_by_rows(
+        self,
+        query: Tensor,
+        key: Tensor | ProjectedKeys,
+        *,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        rows: int | None = None,
+    ) -> Iterator[Tensor]:
+        """The weights that :meth:`forward` gives in evaluation, some queries at a time, without gradients.
+
+        For weights that do not fit into memory: those of 65536 queries and keys take 17 GB. Without a mask of their
+        size, memory is what one block takes. ``explain.plot_alignment`` draws them as they come.
+
+        Args:
+            query, key, key_padding_mask, attn_mask, average_attn_weights, is_causal: as of :meth:`forward`.
+            rows: queries at a time; None: so many that a block has about 16 million weights.
+
+        Returns:
+            an iterator of weights, [batch, rows, Tk], or [batch, num_heads, rows, Tk] without the average; unbatched
+            without batch. The last one may have fewer rows.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it, what it got and what it takes.
+        """
+        call = self._call(query, key, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
+        (batch, heads, queries, _), keys = call.query.shape, call.keys.key.shape[2]
+        if attn_mask is not None:
+            call = call._replace(attn_mask=_check_attn_mask(call.attn_mask, call.query, (batch, heads, queries, keys)))
+        if rows is None:
+            rows = max(1, _STREAMED // (batch * heads * keys))
+        check_count("rows", rows, 1)
+        return self._blocks_of_weights(call, average_attn_weights, is_causal, rows)
+
+    @torch.no_grad()
+    def _blocks_of_weights(self, call: _Call, average: bool, is_causal: bool, rows: int) -> Iterator[Tensor]:
+        key, value = call.keys.key, call.keys.value[..., :1]  # the output is not asked for
+        there = torch.arange(key.shape[2], device=key.device)
+        for first in range(0, call.query.shape[2], rows):
+            query, mask = call.query[:, :, first : first + rows], call.attn_mask
+            if mask is not None and mask.shape[2] > 1:
+                mask = mask[:, :, first : first + rows]
+            if is_causal:  # which the operator counts from its own first query
+                later = there > torch.arange(first, first + query.shape[2], device=key.device).unsqueeze(-1)
+                if mask is None or mask.dtype == torch.bool:
+                    mask = later if mask is None else mask | later
+                else:
+                    mask = mask.masked_fill(later, -torch.inf)
+            _, weights = additive_attention(
+                query, key, value, self._weight(), attn_mask=mask, key_padding_mask=call.key_padding_mask,
+                need_weights=True, average_weights=average, fast_tanh=self.fast_tanh, backend=self.backend,
+            )  # fmt: skip
+            yield weights if call.is_batched else weights.squeeze(0)
 
     def project_keys(self, key: Tensor, value: Tensor | None = None) -> ProjectedKeys:
         """Keys and values as :meth:`forward` uses them, to be projected once and passed as ``key`` at every step.
@@ -224,6 +272,39 @@ class AdditiveAttention(nn.Module):
         elif value.dtype != key.dtype and torch.is_autocast_enabled(value.device.type):
             value = value.to(key.dtype)
         return ProjectedKeys(key, self._heads(value), is_batched)
+
+    def _call(
+        self,
+        query: Tensor,
+        key: Tensor | ProjectedKeys,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> _Call:
+        is_batched = self._check_input("query", query, self.input_dim, "input_dim")
+        if not isinstance(key, ProjectedKeys):
+            key = self.project_keys(key, value)
+        elif value is not None:
+            raise ValueError("value must be None where key is ProjectedKeys, which have the values already")
+        if key.is_batched != is_batched:
+            names = "[batch, T, size]", "[T, size]"
+            first, second = names if is_batched else names[::-1]
+            raise ValueError(f"query and key must both be batched or neither, got query {first} and key {second}")
+        batch = query.shape[0] if is_batched else 1
+        if key.key.shape[0] != batch:
+            raise ValueError(f"key must have query's batch of {batch}, got {key.key.shape[0]}")
+        if isinstance(key_padding_mask, Tensor) and not is_batched:
+            if key_padding_mask.dim() != 1:
+                keys = key.key.shape[2]
+                raise ValueError(
+                    f"key_padding_mask must have shape [Tk={keys}] where query is unbatched, "
+                    f"got {shape_of(key_padding_mask)}"
+                )
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        if isinstance(attn_mask, Tensor) and attn_mask.dim() == 3 and len(attn_mask) == batch * self.num_heads:
+            attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
+        projected = self._heads(self.query_proj(query if is_batched else query.unsqueeze(0)))
+        return _Call(projected, key, key_padding_mask, attn_mask, is_batched)
 
     def _check_input(self, name: str, t: Tensor, size: int | None, of: str) -> bool:
         """Whether the input is batched; ``size`` None where any will do."""

@@ -78,6 +78,25 @@ def test_masks():
     assert not weights.triu(1).any() and torch.equal(weights[:, 0, 0], torch.ones(2, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("kind", [None, "boolean", "added", "one row"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_weights_by_rows_are_those_of_the_whole(kind, is_causal):
+    module = AdditiveAttention(6, num_heads=2, dropout=0.5, dtype=torch.float64)
+    query, key = randn(2, 7, 6), randn(2, 5, 6, seed=1)
+    mask = {None: None, "boolean": randn(4, 7, 5) > 1, "added": randn(7, 5), "one row": randn(5) > 1}[kind]
+    options = dict(attn_mask=mask, is_causal=is_causal, key_padding_mask=torch.arange(5) >= torch.tensor([[5], [3]]))
+    for average in (True, False):
+        options["average_attn_weights"] = average
+        expected = module.eval()(query, key, **options)[1]
+        blocks = list(module.train().weights_by_rows(query, key, rows=3, **options))
+        assert [block.shape[-2] for block in blocks] == [3, 3, 1]
+        assert_close(torch.cat(blocks, -2), expected, 1e-12)
+    (whole,) = module.weights_by_rows(query[0], module.project_keys(key[0]), is_causal=is_causal)
+    assert whole.shape == (7, 5) and not whole.requires_grad
+    with pytest.raises(ValueError, match="attn_mask must broadcast to .*Tq=7.* got"):
+        module.weights_by_rows(query, key, attn_mask=randn(6, 5))
+
+
 def test_a_fully_padded_sequence_gives_no_nan():
     module = AdditiveAttention(4)
     query = torch.randn(2, 3, 4, requires_grad=True)
