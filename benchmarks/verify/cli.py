@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..environment import usable_device
 from ..report import write_json
 from .schedule import run as run_steps
 from .steps import GROUPS, steps
@@ -48,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
             raise SystemExit(f"unknown step {name!r}, known are {', '.join(GROUPS)}")
     if not (_REPOSITORY / "tests").is_dir():
         raise SystemExit(f"{_REPOSITORY} has no tests: run this in a checkout of the repository")
+    usable_device(options.device)
     out = options.out.resolve()
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)

@@ -138,11 +138,13 @@ def _sanitizers(device: str, after: list[str]) -> list[Step]:
     program = find_sanitizer()
     problem = "needs a GPU" if device != "cuda" else None if program else "compute-sanitizer is not found"
     watched = _python("benchmarks.verify.touch", "--device", device, "--backends", "triton,cuda")
-    options = ("--target-processes", "application-only", "--report-api-errors", "no", "--print-limit", "200")
+    options = ("--target-processes", "application-only", "--show-backtrace", "no", "--print-limit", "200")
     options += ("--error-exitcode", "86")
+    of_tool = {"memcheck": ("--report-api-errors", "no")}  # torch asks for what there may not be, and goes on
     return [
         Step(
-            tool, (program or "compute-sanitizer", "--tool", tool, *options, *watched), 150, after=tuple(after),
+            tool, (program or "compute-sanitizer", "--tool", tool, *options, *of_tool.get(tool, ()), *watched), 180,
+            after=tuple(after),
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, problem=problem,
         )
         for tool in SANITIZERS

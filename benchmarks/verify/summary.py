@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from .steps import CONTRACT, HUGE, SANITIZERS, TESTS, record_of
 
 _MOST = 40  # failures of a step that the page names
 _SLOWEST = 8
-_TAIL = 6  # lines of a log that stand for a step which says nothing else
+_TAIL = 3  # lines of a log that stand for a step which says nothing else
+_ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b.*|^ERROR: .*", re.MULTILINE)
 
 
 def judge(outcome: Outcome, out: Path, device: str) -> dict:
@@ -27,14 +29,14 @@ def judge(outcome: Outcome, out: Path, device: str) -> dict:
         status, reason, complaints, more = _sanitized(status, reason, log)
         failures, notes = failures + complaints, notes + more
     elif step.name in (TESTS, HUGE, CONTRACT) and status == OK and device == "cuda" and not counts[record.PASSED]:
-        status, reason = FAILED, "no test ran"
+        status, reason, failures = FAILED, "no test ran", ["no test ran"]
     elif step.alone and outcome.log:
         wrong = _wrong_rows(out / f"{step.name}-{device}.json")
         failures, notes = (wrong, notes) if status in BAD else ([], wrong)
     if failures and status == OK:
         status = FAILED
     if status == FAILED and not failures:
-        failures = [" | ".join(line.strip() for line in log.splitlines()[-_TAIL:] if line.strip()) or reason]
+        failures = [_end_of(log) or reason]
     slowest = sorted(entries, key=lambda entry: -entry["seconds"])[:_SLOWEST]
     return {
         "name": step.name, "status": status, "reason": reason, "started": outcome.started,
@@ -78,6 +80,13 @@ def page(rows: list[dict], environment: dict, seconds: float) -> str:
 
 def _said(entry: dict) -> str:
     return f"{entry['name']}: {entry['message']}" if entry["message"] else entry["name"]
+
+
+def _end_of(log: str) -> str:
+    """The last error that it has, else its last lines."""
+    errors = _ERROR.findall(log)
+    lines = errors[-1:] or [line.strip() for line in log.splitlines() if line.strip()][-_TAIL:]
+    return " | ".join(lines)
 
 
 def _cell(text: str) -> str:

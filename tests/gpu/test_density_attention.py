@@ -39,6 +39,15 @@ def problem(shape, num_heads, num_gaussians, dtype=torch.float32, seed=0, mean=0
     return x, *gaussians(num_heads, num_gaussians, rng, device=CUDA, **parameters), grad
 
 
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    """Those that have kernels of their own on a GPU."""
+    status = daam_kernels.available_backends()[request.param]
+    if not status:
+        pytest.skip(status.reason)
+    return request.param
+
+
 def test_auto_chooses_triton():
     from daam_kernels import backends
 
@@ -72,7 +81,7 @@ def test_contract_at_the_size_of_the_page(norm_axis, dtype, row, num_gaussians):
 @pytest.mark.parametrize("length", [7, 64, 100, 1000, 4099, 20_000, 70_001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("axis", ["last", "middle"])
-def test_any_length(axis, dtype, length):
+def test_any_length(backend, axis, dtype, length):
     num_heads = 3
     outer = max(1, 40_000 // length)
     shape, norm_axis = ((outer, length), -1) if axis == "last" else ((outer, length, 6), 1)
@@ -80,7 +89,7 @@ def test_any_length(axis, dtype, length):
     mask = torch.rand(shape, generator=generator(9)).to(CUDA) < 0.8
     for options in ({}, dict(mask=mask, padding_stats="exclude", residual=True), dict(mask=mask)):
         options["norm_axis"] = norm_axis
-        got = evaluate("triton", x, mean_offsets, c, grad, **options)
+        got = evaluate(backend, x, mean_offsets, c, grad, **options)
         assert_contract(got, truth(x, mean_offsets, c, grad, **options), dtype, str(length))
 
 
@@ -105,14 +114,14 @@ def test_gradcheck(norm_axis):
 @pytest.mark.parametrize("norm_axis", [0, 1, 2, 3])
 @pytest.mark.parametrize("layout", [narrowed, every_second, transposed, channels_last, "expanded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_layouts(dtype, layout, norm_axis):
+def test_layouts(backend, dtype, layout, norm_axis):
     x, mean_offsets, c, grad = problem((8, 40, 6, 16), 2, 5, dtype, mean=10.0, offsets=0.05, width=2.0)
     if layout == "expanded":
         strided = x.narrow((norm_axis + 1) % 4, 0, 1).expand_as(x)
         strided_grad = grad[:1, :1, :1, :1].expand_as(grad)
     else:
         strided, strided_grad = layout(x), layout(grad)
-    y, dx, *rest = evaluate("triton", strided, mean_offsets, c, strided_grad, norm_axis=norm_axis)
+    y, dx, *rest = evaluate(backend, strided, mean_offsets, c, strided_grad, norm_axis=norm_axis)
     expected = truth(strided, mean_offsets, c, strided_grad, norm_axis=norm_axis)
     assert_contract((y, dx, *rest), expected, dtype)
     assert y.stride() == dx.stride() == torch.empty_like(strided).stride()
@@ -120,21 +129,21 @@ def test_layouts(dtype, layout, norm_axis):
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("shape, norm_axis", [((5, 333), -1), ((3, 130, 35), 1), ((2, 40_000), -1)])
-def test_nothing_is_read_or_written_beside_the_tensors(shape, norm_axis):
+def test_nothing_is_read_or_written_beside_the_tensors(backend, shape, norm_axis):
     tensors = problem(shape, 2, 5, torch.float32, width=2.0)
     views, buffers = zip(*(nan_padded(t, 4096) for t in tensors))
-    got = evaluate("triton", *views, norm_axis=norm_axis)
+    got = evaluate(backend, *views, norm_axis=norm_axis)
     assert_contract(got, truth(*tensors, norm_axis=norm_axis), torch.float32)
     for buffer in buffers:
         assert_margins_intact(buffer, 4096)
 
 
 @pytest.mark.parametrize("shape, norm_axis", [((512, 512), -1), ((64, 256, 96), 1), ((4, 100_000), -1)])
-def test_the_same_bits_every_time(shape, norm_axis):
+def test_the_same_bits_every_time(backend, shape, norm_axis):
     tensors = problem(shape, 4, 8, torch.bfloat16)
-    first = evaluate("triton", *tensors, norm_axis=norm_axis)
+    first = evaluate(backend, *tensors, norm_axis=norm_axis)
     for _ in range(20):
-        again = evaluate("triton", *tensors, norm_axis=norm_axis)
+        again = evaluate(backend, *tensors, norm_axis=norm_axis)
         for name, a, b in zip(("y", "dx", "dmean_offsets", "dc"), again, first, strict=True):
             assert_same_bits(a.cpu(), b.cpu(), name)
 
@@ -206,16 +215,16 @@ def test_strides_past_two_to_the_31():
     assert_contract(evaluate("triton", view, mean_offsets, c, grad), truth(x, mean_offsets, c, grad), torch.float16)
 
 
-def test_two_streams():
+def test_two_streams(backend):
     problems = [problem((64, 256, 128), 4, 5, seed=seed) for seed in range(2)]
-    expected = [evaluate("triton", *p, norm_axis=1) for p in problems]
+    expected = [evaluate(backend, *p, norm_axis=1) for p in problems]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in problems]
     results = [[], []]
     for _ in range(20):
         for stream, p, result in zip(streams, problems, results):
             with torch.cuda.stream(stream):
-                result.append(evaluate("triton", *p, norm_axis=1))
+                result.append(evaluate(backend, *p, norm_axis=1))
     torch.cuda.synchronize()
     for result, e in zip(results, expected):
         for got in result:
@@ -224,23 +233,23 @@ def test_two_streams():
 
 
 @pytest.mark.parametrize("shape, norm_axis", [((32, 128, 64), 1), ((2, 100_000), -1)])
-def test_graph_capture(shape, norm_axis):
+def test_graph_capture(backend, shape, norm_axis):
     x, mean_offsets, c, grad = problem(shape, 4, 5)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # kernels compile outside of the capture
         for _ in range(3):
-            evaluate("triton", x, mean_offsets, c, grad, norm_axis=norm_axis)
+            evaluate(backend, x, mean_offsets, c, grad, norm_axis=norm_axis)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = evaluate("triton", x, mean_offsets, c, grad, norm_axis=norm_axis)
+        captured = evaluate(backend, x, mean_offsets, c, grad, norm_axis=norm_axis)
     for seed in (1, 2):
         new = problem(shape, 4, 5, seed=seed)
         for static, fresh in zip((x, mean_offsets, c, grad), new):
             static.copy_(fresh)
         graph.replay()
-        for a, b in zip(captured, evaluate("triton", *new, norm_axis=norm_axis), strict=True):
+        for a, b in zip(captured, evaluate(backend, *new, norm_axis=norm_axis), strict=True):
             assert_same_bits(a.cpu(), b.cpu())
 
 
@@ -268,12 +277,12 @@ def test_the_gpu_agrees_with_the_reference_there(dtype):
     assert_contract(got, expected, dtype)
 
 
-def test_no_synchronisation_and_no_memory_of_the_size_of_x():
+def test_no_synchronisation_and_no_memory_of_the_size_of_x(backend):
     """A call may not wait for the GPU, and makes no tensor of x's size but y (and dx)."""
     x, mean_offsets, c, grad = problem((64, 512, 256), 4, 5, torch.float32)
     tensors = [t.requires_grad_() for t in (x, mean_offsets, c)]
     for _ in range(2):
-        y = density_attention(*tensors, norm_axis=1)
+        y = density_attention(*tensors, norm_axis=1, backend=backend)
         torch.autograd.grad(y, tensors, grad)
     del y
     torch.cuda.synchronize()
@@ -281,7 +290,7 @@ def test_no_synchronisation_and_no_memory_of_the_size_of_x():
     try:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        y = density_attention(*tensors, norm_axis=1)
+        y = density_attention(*tensors, norm_axis=1, backend=backend)
         torch.autograd.grad(y, tensors, grad)
         peak = torch.cuda.max_memory_allocated() - before
     finally:
