@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def steps(device: str, groups: tuple[str, ...], out: Path, cores: int, repositor
         **{name: lambda name=name: [_timing(name, device, out)] for name in TIMINGS},
     }
     found = [step for group in GROUPS if group in groups for step in made[group]()]
-    return [_recorded(step, out, cores) for step in found]
+    return [_with_environment(step, device, out, cores) for step in found]
 
 
 def record_of(step: Step, out: Path) -> Path:
@@ -55,12 +56,15 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(places))
 
 
-def _recorded(step: Step, out: Path, cores: int) -> Step:
-    """The step with the environment of all: where it notes what it tried, and of those side by side, few threads."""
-    environment = {record.PATH: str(record_of(step, out).resolve()), **step.environment}
+def _with_environment(step: Step, device: str, out: Path, cores: int) -> Step:
+    """The step with what all have in their environment: where to note what was tried, and of those that run side by
+    side, few threads. What a shell has left over of this package's and Triton's variables is none of a GPU's."""
+    environment = {record.PATH: str(record_of(step, out))}
+    if device == "cuda":
+        environment |= {"TRITON_INTERPRET": "0", "DAAM_KERNELS_BACKEND": ""}
     if not step.alone and step.name != ENVIRONMENT:
-        environment = {"OMP_NUM_THREADS": str(max(1, cores // 8)), "TORCHINDUCTOR_COMPILE_THREADS": "1", **environment}
-    return Step(**{**vars(step), "environment": environment})
+        environment |= {"OMP_NUM_THREADS": str(max(1, cores // 8)), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return replace(step, environment=environment | step.environment)
 
 
 def _python(*arguments: str) -> tuple[str, ...]:

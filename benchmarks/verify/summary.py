@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
 from . import record, sanitizer
-from .schedule import BAD, FAILED, NOT_RUN, OK, Outcome
+from .schedule import BAD, FAILED, NOT_RUN, OK, Outcome, Step
 from .steps import CONTRACT, HUGE, SANITIZERS, TESTS, record_of
 
 _MOST = 40  # failures of a step that the page names
@@ -41,7 +42,7 @@ def judge(outcome: Outcome, out: Path, device: str) -> dict:
     return {
         "name": step.name, "status": status, "reason": reason, "started": outcome.started,
         "seconds": round(outcome.seconds, 1), "counts": dict(counts), "failures": failures, "notes": notes,
-        "slowest": {entry["name"]: entry["seconds"] for entry in slowest}, "command": list(step.command),
+        "slowest": {entry["name"]: entry["seconds"] for entry in slowest}, "command": _command(step, out),
         "log": outcome.log and str(outcome.log.relative_to(out)),
     }  # fmt: skip
 
@@ -76,6 +77,11 @@ def page(rows: list[dict], environment: dict, seconds: float) -> str:
         lines += ["", "## Notes", "", *(f"- {name}: {note}" for name, note in noted[:_MOST])]
     lines += ["", "## Failures", "", *([f"- {failure}" for failure in wrong] or ["None."])]
     return "\n".join(lines) + "\n"
+
+
+def _command(step: Step, out: Path) -> str:
+    """As it can be published: without the machine's folders."""
+    return " ".join(step.command).replace(str(out), "OUT").replace(sys.executable, "python")
 
 
 def _said(entry: dict) -> str:

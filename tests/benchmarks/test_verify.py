@@ -249,6 +249,7 @@ def test_a_dry_run(tmp_path, monkeypatch, capsys):
     status = {row["name"]: row["status"] for row in content["steps"]}
     assert status == {"environment": "ok", "touch 1": "ok", **dict.fromkeys(SANITIZERS, "not run")}
     assert content["failures"] == [] and content["environment"]["torch"] == torch.__version__
+    assert content["steps"][0]["command"].startswith("python -m benchmarks.verify.machine --device cpu --out OUT")
     assert content["steps"][1]["counts"]["passed"] >= 6
     assert "nothing failed" in (tmp_path / "summary.md").read_text()
     with pytest.raises(SystemExit, match="unknown step 'none'"):
