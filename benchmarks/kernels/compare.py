@@ -40,13 +40,14 @@ class Change:
     now_us: float | None
     ratio: float | None
     noise: float | None
+    status: str = "ok"  # now
     note: str = ""
 
     @property
     def verdict(self) -> str:
         """Empty within the noise; otherwise SLOWER, faster, or LOST where there is no right result any more."""
         if self.ratio is None:
-            return _LOST if self.then_us is not None else ""
+            return _LOST if self.then_us is not None and self.status in ("wrong", "failed") else ""
         if self.contender == COPY or abs(self.ratio - 1) <= self.noise:
             return ""
         return _SLOWER if self.ratio > 1 else _FASTER
@@ -104,11 +105,12 @@ def _change(key: tuple, then: dict[tuple, Row], now: dict[tuple, Row]) -> Change
     shape, dims, operator, axis, heads, _, gaussians, dtype = case
     title = f"{shape} [{dims}] {dtype}, {operator}, axis {axis}, {heads} heads, K = {gaussians}, {direction}"
     if before is None or after is None:
-        return Change(title, contender, before, after, None, None, "; ".join(notes))
+        return Change(title, contender, before, after, None, None, b["status"], "; ".join(notes))
     copy = (*case, direction, COPY)
     drift = abs(_time(now[copy], clock) / _time(then[copy], clock) - 1) if _both(copy, clock, then, now) else 0.0
     spread = sum((row[f"{clock}_us_iqr"] or 0) / row[f"{clock}_us"] for row in (a, b))
-    return Change(title, contender, before, after, after / before, max(_LEAST, spread + drift), "; ".join(notes))
+    noise = max(_LEAST, spread + drift)
+    return Change(title, contender, before, after, after / before, noise, b["status"], "; ".join(notes))
 
 
 def _clock(a: Row, b: Row) -> str:

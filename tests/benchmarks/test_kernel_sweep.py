@@ -1,13 +1,11 @@
 """The kernel benchmark judges before it times, and goes on where a contender is wrong, missing or failing."""
 
 import math
-from dataclasses import asdict
 from functools import partial
 
 import pytest
 import torch
 
-from benchmarks.environment import describe
 from benchmarks.kernels import sweep
 from benchmarks.kernels.bare import BARE, BARE_FRESH, BARE_HUGE
 from benchmarks.kernels.cell import new_cell
@@ -26,7 +24,6 @@ from benchmarks.kernels.contenders import (
 from benchmarks.kernels.data import make_case
 from benchmarks.kernels.shapes import SHAPES, Shape
 from benchmarks.kernels.table import section
-from benchmarks.report import write_csv
 from daam_kernels import native, reference
 
 LIMITS = sweep.Limits(budget=0.0, call=60.0)
@@ -321,33 +318,6 @@ def test_saved_memory_counts_what_the_backward_holds_beside_the_inputs():
         z = y * x  # saves y, which is there already, and x, which does not count
     assert sum(saved.values()) == 400
     torch.testing.assert_close(torch.autograd.grad(z, x, grad)[0], grad * (2 * x * y + y))
-
-
-def test_pictures_are_made_from_the_csv_one_per_type(tmp_path):
-    pytest.importorskip("matplotlib")
-    from benchmarks.kernels.plots import plot
-
-    rows = []
-    for dtype, time in (("float32", 20.0), ("bfloat16", None)):
-        case = small_case(getattr(torch, dtype))
-        for name, wall_us in ((UPSTREAM, time), (f"{FUSED} (triton)", 5.0), (COPY, 2.0)):
-            for direction in DIRECTIONS:
-                cell = new_cell(case.shape, case.x.dtype, direction, name)
-                cell.wall_us, cell.status = wall_us, "ok" if wall_us else "skipped"
-                rows.append({**asdict(cell), **describe(torch.device("cpu"))})
-    write_csv(tmp_path / "kernels-cpu.csv", rows)
-    paths = plot(tmp_path / "kernels-cpu.csv", tmp_path)
-    assert [path.name for path in paths] == ["kernels-cpu-float32.png", "kernels-cpu-bfloat16.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
-
-
-def test_pictures_tell_the_contenders_apart():
-    pytest.importorskip("matplotlib")
-    from benchmarks.kernels.plots import _color
-
-    shown = [UPSTREAM, UPSTREAM_COMPILED, CLOSED_FORM, CLOSED_FORM_COMPILED, f"{FUSED} (native)", BARE]
-    assert len({_color(name) for name in shown} - {None}) == len(shown)
-    assert _color(COPY) is _color(BARE_FRESH) is None
 
 
 def test_layout_of_the_channels_last_case():
