@@ -4,8 +4,9 @@ Forward, ``pool_sums`` reads x once: it has the scores, the softmax as it goes, 
 rows so far, and the weighted sum; ``pool_merge`` joins the chunks of a bag in a fixed order. Backward,
 ``pool_gradient`` reads x and writes dx and the scores' gradient, and ``pool_sums`` reads x again and sums it up,
 weighed with that, for the query's gradient. More than eight hops, or fewer where rows are long, are taken in blocks,
-each of which reads x, mostly from the cache. Scores of additive and gated pooling come from torch's matrix products,
-block by block, which read x once more each way.
+each of which reads x, mostly from the cache. Rows too long for a program take ``pool_products`` first, which has their
+scores and their products with the gradient: x is read twice each way then. Scores of additive and gated pooling come
+from torch's matrix products, block by block, which read x once more each way.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from torch import Tensor
 
 from ..reference import attention_pool_blocks as in_blocks
 from ..sequences import packing
-from .attention_pool_launch import PoolLaunch, fits, pool_launch
+from .attention_pool_launch import PoolLaunch, pool_launch
 from .density_math import FAR, LN_2, LOG2_E
 from .host import device_of
 
 if TYPE_CHECKING:
     from ..ops.attention_pool import Pooling
 
-_SIZES = ["length", "num_chunks", "hops", "score_stride_b", "score_stride_h", "valid_stride_b"]
+_SIZES = ["length", "num_chunks", "hops", "vector_stride_b", "score_stride_b", "score_stride_h", "valid_stride_b"]
 _MERGED_CHUNKS, _MERGED_COLUMNS = 16, 128
 
 
@@ -66,6 +67,34 @@ def is_valid(valid_ptr, bag, row, inside, valid_stride_b):
 
 
 @triton.jit(do_not_specialize=_SIZES)
+def pool_products(
+    x_ptr, vectors_ptr, products_ptr, valid_ptr, cu_seqlens_ptr, lengths_ptr,
+    length, num_chunks, hops, vector_stride_b, x_stride_b, x_stride_t, score_stride_b, score_stride_h, valid_stride_b,
+    E: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Reads x, writes the products of its rows with a vector for each hop, of all bags or of each bag its own."""
+    bag, first, begin, end = bag_chunk(cu_seqlens_ptr, lengths_ptr, length, num_chunks, BLOCK_T)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    t = tl.arange(0, BLOCK_T)
+    vectors_ptr += bag * vector_stride_b
+    score_base = bag * score_stride_b + h.to(tl.int64) * score_stride_h
+    for start in range(begin, end, BLOCK_T):
+        row = first + start + t
+        inside = is_valid(valid_ptr, bag, row, start + t < end, valid_stride_b)
+        products = tl.zeros([BLOCK_H, BLOCK_T], ACC)
+        for first_e in range(0, E, BLOCK_E):
+            e = first_e + tl.arange(0, BLOCK_E)
+            x = load_rows(x_ptr, bag, row, inside, e, x_stride_b, x_stride_t, E, VEC, ACC)
+            of_hops = (h < hops)[:, None] & (e < E)[None, :]
+            vectors = tl.load(vectors_ptr + h[:, None] * E + e[None, :], mask=of_hops, other=0.0)
+            products += tl.sum(vectors[:, None, :] * x[None, :, :], axis=2)
+        tl.store(
+            products_ptr + score_base[:, None] + row[None, :], products, mask=(h < hops)[:, None] & inside[None, :]
+        )
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def pool_sums(
     x_ptr, query_ptr, scores_ptr, valid_ptr, keep_ptr, cu_seqlens_ptr, lengths_ptr, sums_ptr, tops_ptr, totals_ptr,
     length, num_chunks, hops, x_stride_b, x_stride_t, score_stride_b, score_stride_h, valid_stride_b,
@@ -79,7 +108,7 @@ def pool_sums(
     """
     bag, first, begin, end = bag_chunk(cu_seqlens_ptr, lengths_ptr, length, num_chunks, BLOCK_T)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    e = tl.arange(0, BLOCK_E)
+    e = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
     t = tl.arange(0, BLOCK_T)
     of_hops = (h < hops)[:, None] & (e < E)[None, :]
     score_base = bag * score_stride_b + h.to(tl.int64) * score_stride_h
@@ -120,8 +149,9 @@ def pool_sums(
         highest = tl.max(top, axis=1)
         fade = tl.exp2(top - highest[:, None])
         sums = sums * fade[:, :, None]
-        tl.store(tops_ptr + of_chunk, highest, mask=h < hops)
-        tl.store(totals_ptr + of_chunk, tl.sum(total * fade, axis=1), mask=h < hops)
+        if tl.program_id(2) == 0:
+            tl.store(tops_ptr + of_chunk, highest, mask=h < hops)
+            tl.store(totals_ptr + of_chunk, tl.sum(total * fade, axis=1), mask=h < hops)
     tl.store(sums_ptr + of_chunk[:, None] * E + e[None, :], tl.sum(sums, axis=1), mask=of_hops)
 
 
@@ -161,22 +191,26 @@ def pool_merge(
 
 @triton.jit(do_not_specialize=_SIZES)
 def pool_gradient(
-    x_ptr, query_ptr, scores_ptr, valid_ptr, keep_ptr, cu_seqlens_ptr, lengths_ptr, grad_ptr, grad_weights_ptr,
-    lse_ptr, inner_ptr, dx_ptr, d_scores_ptr,
+    x_ptr, query_ptr, scores_ptr, d_shares_ptr, valid_ptr, keep_ptr, cu_seqlens_ptr, lengths_ptr, grad_ptr,
+    grad_weights_ptr, lse_ptr, inner_ptr, dx_ptr, d_scores_ptr,
     length, num_chunks, hops, x_stride_b, x_stride_t, dx_stride_b, dx_stride_t, score_stride_b, score_stride_h,
     valid_stride_b,
-    DOT: tl.constexpr, KEEP_SCALE: tl.constexpr, E: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
+    DOT: tl.constexpr, WHOLE: tl.constexpr, KEEP_SCALE: tl.constexpr, E: tl.constexpr, VEC: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Reads x, writes dx and the gradient of the scores, hop by hop for every tile. Without DOT it reads the scores."""
+    """Reads x, writes dx and the gradient of the scores, hop by hop for every tile. Without DOT it reads the scores.
+
+    Not WHOLE, it has a block of columns, and reads the scores and the products with the gradient instead of x.
+    """
     bag, first, begin, end = bag_chunk(cu_seqlens_ptr, lengths_ptr, length, num_chunks, BLOCK_T)
-    e = tl.arange(0, BLOCK_E)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     t = tl.arange(0, BLOCK_T)
     for start in tl.range(begin, end, BLOCK_T, num_stages=1):
         there = start + t < end
         row = first + start + t
         inside = is_valid(valid_ptr, bag, row, there, valid_stride_b)
-        x = load_rows(x_ptr, bag, row, inside, e, x_stride_b, x_stride_t, E, VEC, ACC)
+        if WHOLE:
+            x = load_rows(x_ptr, bag, row, inside, e, x_stride_b, x_stride_t, E, VEC, ACC)
         dx = tl.zeros([BLOCK_T, BLOCK_E], ACC)
         score_at = bag * score_stride_b + row
         for h in range(0, hops):
@@ -184,11 +218,15 @@ def pool_gradient(
             grad = tl.load(grad_ptr + of_hop * E + e, mask=e < E, other=0.0)
             if DOT:
                 query = tl.load(query_ptr + h * E + e, mask=e < E, other=0.0)
+            if DOT and WHOLE:
                 score = tl.sum(query[None, :] * x, axis=1)
             else:
                 score = tl.load(scores_ptr + score_at, mask=inside, other=0.0) * LOG2_E
             share = tl.where(inside, tl.exp2(score - tl.load(lse_ptr + of_hop) * LOG2_E), 0.0)
-            d_share = tl.sum(grad[None, :] * x, axis=1)
+            if WHOLE:
+                d_share = tl.sum(grad[None, :] * x, axis=1)
+            else:
+                d_share = tl.load(d_shares_ptr + score_at, mask=inside, other=0.0)
             if grad_weights_ptr is not None:
                 d_share += tl.load(grad_weights_ptr + score_at, mask=inside, other=0.0)
             given = share
@@ -197,7 +235,8 @@ def pool_gradient(
                 d_share = tl.where(kept, d_share * KEEP_SCALE, 0.0)
                 given = tl.where(kept, share * KEEP_SCALE, 0.0)
             d_score = tl.where(inside, share * (d_share - tl.load(inner_ptr + of_hop)), 0.0)
-            tl.store(d_scores_ptr + score_at, d_score, mask=there)
+            if WHOLE or tl.program_id(1) == 0:
+                tl.store(d_scores_ptr + score_at, d_score, mask=there)
             dx += given[:, None] * grad[None, :]
             if DOT:  # the query comes times log2 e
                 dx += d_score[:, None] * (query * LN_2)[None, :]
@@ -206,20 +245,11 @@ def pool_gradient(
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=there[:, None] & (e < E)[None, :])
 
 
-def serves(x: Tensor) -> bool:
-    """Whether a row of x fits a program; longer ones are for plain PyTorch."""
-    return x.numel() > 0 and fits(x.shape[-1], x.dtype.itemsize)
-
-
 def pool_forward(pooling: Pooling, scores: Tensor | None) -> tuple[Tensor, Tensor]:
     """(context, lse) as of ``attention_pool_blocks.forward``; fills scores, where they are given full of -inf."""
     x, arithmetic, hops = _rows_of(pooling.x), pooling.arithmetic, pooling.query.shape[0]
-    dot = pooling.key_weight is None
-    if not dot and scores is None:
-        scores = x.new_empty(pooling.shape_of_scores, dtype=arithmetic)
-    if not dot:
-        _write_scores(pooling, scores)
     launch = _launch(pooling, x, hops)
+    scores = _known_scores(pooling, x, launch, scores)
     shape = pooling.num_bags, launch.num_chunks, hops
     sums = x.new_empty((*shape, x.shape[-1]), dtype=arithmetic)
     tops, totals = (x.new_empty(shape, dtype=arithmetic) for _ in range(2))
@@ -242,10 +272,12 @@ def pool_backward(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """(dx, the gradients of the scorer's tensors) as of ``attention_pool_blocks.backward``."""
     x, arithmetic, hops = _rows_of(pooling.x), pooling.arithmetic, pooling.query.shape[0]
-    dot = pooling.key_weight is None
-    scores = None if dot else x.new_empty(pooling.shape_of_scores, dtype=arithmetic)
-    if not dot:
-        _write_scores(pooling, scores)
+    dot, sums_launch = pooling.key_weight is None, _launch(pooling, x, hops)
+    scores = _known_scores(pooling, x, sums_launch, None)
+    d_shares = None
+    if not sums_launch.whole:
+        d_shares = x.new_empty(pooling.shape_of_scores, dtype=arithmetic)
+        _write_products(pooling, x, sums_launch, grad, d_shares)
     whole = pooling.lengths is None  # else rows beyond them are not visited
     dx = torch.empty_like(pooling.x) if whole else torch.zeros_like(pooling.x)
     into = dx if dx.stride(-1) == 1 or x.shape[-1] == 1 else torch.zeros_like(x)
@@ -253,16 +285,16 @@ def pool_backward(
     launch = _launch(pooling, x, hops, into)
     with device_of(x):
         run(
-            pool_gradient, (pooling.num_bags * launch.num_chunks,), **_shared(pooling, x, launch),
-            query_ptr=_scaled_query(pooling) if dot else None, scores_ptr=scores, grad_ptr=grad,
+            pool_gradient, (pooling.num_bags * launch.num_chunks, launch.column_blocks),
+            **_shared(pooling, x, launch), WHOLE=launch.whole,
+            query_ptr=_scaled_query(pooling) if dot else None, scores_ptr=scores, d_shares_ptr=d_shares, grad_ptr=grad,
             grad_weights_ptr=grad_weights, lse_ptr=lse, inner_ptr=inner, dx_ptr=into, d_scores_ptr=d_scores,
             dx_stride_b=_bag_stride(pooling, into) // launch.vec, dx_stride_t=into.stride(-2) // launch.vec,
             BLOCK_T=launch.block_t,
         )  # fmt: skip
         if dot:
-            launch = _launch(pooling, x, hops)
-            sums = x.new_empty((pooling.num_bags, launch.num_chunks, hops, x.shape[-1]), dtype=arithmetic)
-            _sum_up(pooling, x, launch, d_scores, sums, None, None, linear=True)
+            sums = x.new_empty((pooling.num_bags, sums_launch.num_chunks, hops, x.shape[-1]), dtype=arithmetic)
+            _sum_up(pooling, x, sums_launch, d_scores, sums, None, None, linear=True)
     if dot:
         d_query = pooling.scale * sums.sum((0, 1), dtype=torch.float64)
         return _copied(dx, into), [d_query.to(pooling.query.dtype), None, None, None, None]
@@ -275,13 +307,38 @@ def pool_backward(
     return _copied(dx, into), gradients.result()
 
 
+def _known_scores(pooling: Pooling, x: Tensor, launch: PoolLaunch, scores: Tensor | None) -> Tensor | None:
+    """``scores``, or new ones, with what the kernels cannot work out themselves; they write others where asked to."""
+    dot = pooling.key_weight is None
+    if dot and launch.whole:
+        return scores
+    if scores is None:
+        scores = x.new_empty(pooling.shape_of_scores, dtype=pooling.arithmetic)
+    if dot:
+        _write_products(pooling, x, launch, pooling.scale * pooling.query.to(pooling.arithmetic), scores)
+    else:
+        _write_scores(pooling, scores)
+    return scores
+
+
+def _write_products(pooling: Pooling, x: Tensor, launch: PoolLaunch, vectors: Tensor, products: Tensor) -> None:
+    """Of the rows with vectors [hops, embed_dim], or of each bag with its own of [bags, hops, embed_dim]."""
+    vectors = vectors.contiguous()
+    with device_of(x):
+        run(
+            pool_products, (pooling.num_bags * launch.num_chunks, launch.hop_blocks), **_shared(pooling, x, launch),
+            vectors_ptr=vectors, products_ptr=products, vector_stride_b=0 if vectors.dim() == 2 else vectors.stride(0),
+            BLOCK_H=launch.block_h, BLOCK_T=launch.block_t,
+        )  # fmt: skip
+
+
 def _sum_up(pooling, x, launch: PoolLaunch, scores, sums, tops, totals, linear: bool) -> None:
-    dot = pooling.key_weight is None and not linear
+    dot = pooling.key_weight is None and launch.whole and not linear
     shared = _shared(pooling, x, launch) | dict(DOT=dot)
     if linear:
         shared["keep_ptr"] = None
     run(
-        pool_sums, (pooling.num_bags * launch.num_chunks, launch.hop_blocks), **shared,
+        pool_sums, (pooling.num_bags * launch.num_chunks, launch.hop_blocks, launch.column_blocks), **shared,
         query_ptr=_scaled_query(pooling) if dot else None, scores_ptr=scores, sums_ptr=sums, tops_ptr=tops,
         totals_ptr=totals, LINEAR=linear, BLOCK_H=launch.block_h, BLOCK_T=launch.block_t,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Launch configurations of attention pooling, worked out by plain Python so that a test can check them. No kernel here.
 
-A program owns a chunk of one bag and a block of hops, and sweeps the chunk's rows BLOCK_T at a time. Every bag is cut
-into as many chunks as any other, of its own length: enough of them to fill a GPU where bags are few.
+A program owns a chunk of one bag and a block of hops, and of rows too long for a tile a block of columns. It sweeps the
+chunk's rows BLOCK_T at a time. Every bag is cut into as many chunks as any other, of its own length: enough of them to
+fill a GPU where bags are few.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from . import launch
 PROGRAMS = 528  # that bags are cut for: four for each of an H200's 132 processors
 _ELEMENTS = 8192  # of a tile, of float32; a quarter of float64
 _MOST_ROWS, _MOST_HOPS, _MOST_WARPS = 64, 8, 8
+_OF_LONG_ROWS = 8  # share of a tile that a row of a block of columns takes
 _TILES = 4  # at least, that a chunk of a bag has
 
 
 @dataclass(frozen=True)
 class PoolLaunch:
-    """How one sweep cuts bags: ``num_chunks`` of each bag, ``hop_blocks`` of ``block_h`` hops.
+    """How one sweep cuts bags: ``num_chunks`` of each bag, ``hop_blocks`` of ``block_h`` hops, ``column_blocks``.
 
     ``vec`` divides embed_dim and the strides of x's other axes, as in ``launch.Tile``.
     """
@@ -31,17 +33,18 @@ class PoolLaunch:
     num_warps: int
     num_chunks: int
     hop_blocks: int
+    column_blocks: int = 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether a row fits a tile."""
+        return self.column_blocks == 1
 
     def options(self) -> dict[str, int | bool]:
         chosen = dict(num_warps=self.num_warps, num_stages=1, enable_fp_fusion=True)
         if launch.LIMIT_REGISTERS:
             chosen["maxnreg"] = min(255, 65536 // (32 * self.num_warps))
         return chosen
-
-
-def fits(embed_dim: int, itemsize: int) -> bool:
-    """Whether a row fits a tile."""
-    return launch._power_of_two(embed_dim) <= _elements(itemsize)
 
 
 def pool_launch(
@@ -59,15 +62,18 @@ def pool_launch(
     """
     vec = gcd(16 // itemsize, embed_dim, *strides)
     block_e, most = launch._power_of_two(embed_dim), _elements(itemsize)
+    if block_e > most:
+        block_e = most // _OF_LONG_ROWS
     block_h = 1 if gradient else min(launch._power_of_two(hops), _MOST_HOPS, max(1, most // (2 * block_e)))
     if gradient:
         most //= 2  # of which x and dx have one tile each
     block_t = min(_MOST_ROWS, max(1, most // (block_h * block_e)), launch._power_of_two(max(1, longest)))
     num_warps = min(_MOST_WARPS, max(1, block_t * block_e // (32 * (16 // itemsize))))
     hop_blocks = 1 if gradient else -(-hops // block_h)
-    wanted = -(-PROGRAMS // max(1, num_bags * hop_blocks))
+    column_blocks = -(-embed_dim // block_e)
+    wanted = -(-PROGRAMS // max(1, num_bags * hop_blocks * column_blocks))
     num_chunks = max(1, min(wanted, -(-longest // (_TILES * block_t))))
-    return PoolLaunch(block_e, block_h, block_t, vec, num_warps, num_chunks, hop_blocks)
+    return PoolLaunch(block_e, block_h, block_t, vec, num_warps, num_chunks, hop_blocks, column_blocks)
 
 
 def _elements(itemsize: int) -> int:

@@ -131,11 +131,8 @@ def _found_in_reference(pooling: Pooling) -> Tensor:
 
 
 def _on_triton(pooling: Pooling, backend: str) -> bool:
-    if resolve(backend, pooling.x, _NAME) != "triton":
-        return False
-    from ..kernels.attention_pool import serves
-
-    return serves(pooling.x)
+    """Whether the kernels serve it; a batch without rows is left to plain PyTorch."""
+    return resolve(backend, pooling.x, _NAME) == "triton" and pooling.x.numel() > 0
 
 
 def _operator(*arguments):

@@ -19,6 +19,12 @@ def test_the_contract(dtype, score, hops, embed_dim):
     check(problem(score, "packed", dtype, "cuda", LENGTHS, embed_dim, hops, hidden=128), "triton")
 
 
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_rows_too_long_for_a_program(dtype, score):
+    check(problem(score, "packed", dtype, "cuda", (400, 0, 33), 10_000, 3, hidden=64), "triton")
+
+
 def test_dense_bags_with_masks_and_lengths():
     check(problem("gated", "dense", torch.float32, "cuda", (700, 16, 0, 333), 256, 4, 64), "triton")
 

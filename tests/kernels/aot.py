@@ -151,6 +151,7 @@ POOLS = {
     "pool": PoolCase((4, 2000, 512)),
     "pool, hops": PoolCase((4, 2000, 1024), hops=8),
     "pool, long rows": PoolCase((4, 20, 8192)),
+    "pool, longer rows": PoolCase((4, 20, 20480), hops=2),
     "pool, odd rows": PoolCase((4, 200, 333), hops=3, aligned=False),
     "pool, all options": PoolCase((4, 200, 512), hidden=16, options=True),
 }
@@ -181,6 +182,7 @@ JOBS += [(name, "bf16", "sm_90") for name in POOLS if name != "pool"]
 READERS = {
     "additive_gradients",
     "additive_output",
+    "pool_products",
     "pool_sums",
     "split_statistics",
     "split_normaliser",

@@ -1,4 +1,4 @@
-"""The kernels of attention pooling: chunks and blocks of hops, bounds, launches, rows too long for them."""
+"""The kernels of attention pooling: chunks and blocks of hops, bounds, launches, rows too long for a tile."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_chunks_of_bags_and_blocks_of_hops(small_tiles, launched, score, kind):
     check(p, "triton")
     names = ["pool_sums", "pool_merge", "pool_gradient"] + ["pool_sums"] * (score == "dot")
     assert [name for name, _ in launched] == names
-    (programs, blocks), (merged, _), (gradients,) = (grid for _, grid in launched[:3])
+    (programs, blocks, _), (merged, _), (gradients, _) = (grid for _, grid in launched[:3])
     assert programs == 4 * 4 and blocks == 2 and merged == 4 * 7 and gradients == 4 * 7
 
 
@@ -91,7 +91,22 @@ def test_no_access_out_of_bounds(small_tiles, monkeypatch, kind):
         assert_close(result, exact, 5e-6)
 
 
-def test_rows_too_long_for_a_program_are_for_plain_pytorch(small_tiles, launched):
-    p = problem("dot", "full", torch.float32, DEVICE, embed_dim=70, lengths=(3, 3))
+@pytest.mark.parametrize("score, kind", [("dot", "packed"), ("dot", "dense"), ("gated", "packed")])
+def test_rows_too_long_for_a_program_are_taken_in_blocks_of_columns(small_tiles, launched, score, kind):
+    p = problem(score, kind, torch.float32, DEVICE, embed_dim=70, lengths=(3, 0, 5))
     check(p, "triton")
-    assert not launched
+    products = ["pool_products"] * (score == "dot")
+    sums = ["pool_sums"] * (score == "dot")
+    expected = [*products, "pool_sums", "pool_merge", *products, "pool_products", "pool_gradient", *sums]
+    assert [name for name, _ in launched] == expected
+    assert dict(launched)["pool_sums"][2] == dict(launched)["pool_gradient"][1] == 9
+
+
+def test_dropout_and_weights_of_long_rows(small_tiles):
+    p = problem("dot", "packed", torch.float64, DEVICE, embed_dim=70, lengths=(3, 0, 5))
+    torch.manual_seed(1)
+    got = evaluate(p, "triton", dropout_p=0.3)
+    torch.manual_seed(1)
+    keep = torch.rand(p.grad_weights.T.shape, device=DEVICE) >= 0.3
+    for result, exact in zip(got, truth(p, keep.cpu(), 0.3)):
+        assert_close(result, exact, 1e-12)

@@ -10,7 +10,7 @@ from daam_kernels.kernels import attention_pool_launch as launches
     bags=st.integers(1, 100_000),
     longest=st.integers(0, 10_000_000),
     hops=st.integers(1, 300),
-    embed_dim=st.integers(1, 2048),
+    embed_dim=st.integers(1, 40_000),
     itemsize=st.sampled_from([2, 4, 8]),
     gradient=st.booleans(),
 )
@@ -18,7 +18,7 @@ def test_tiles_fit_and_cover(bags, longest, hops, embed_dim, itemsize, gradient)
     found = launches.pool_launch(
         bags, longest, hops, embed_dim, (longest * embed_dim, embed_dim), itemsize, gradient=gradient
     )
-    assert launches.fits(embed_dim, itemsize) and embed_dim <= found.block_e < 2 * embed_dim
+    assert found.block_e * (found.column_blocks - 1) < embed_dim <= found.block_e * found.column_blocks
     for size in (found.block_e, found.block_h, found.block_t, found.num_warps):
         assert size & (size - 1) == 0
     elements = 8192 if itemsize < 8 else 2048
@@ -26,13 +26,15 @@ def test_tiles_fit_and_cover(bags, longest, hops, embed_dim, itemsize, gradient)
     assert gradient or found.hop_blocks * found.block_h >= hops > (found.hop_blocks - 1) * found.block_h
     assert not gradient or found.hop_blocks == found.block_h == 1  # it takes them one by one
     assert found.vec * itemsize <= 16 and embed_dim % found.vec == 0
-    assert found.num_chunks == 1 or (found.num_chunks - 1) * bags * found.hop_blocks < launches.PROGRAMS
+    programs = bags * found.hop_blocks * found.column_blocks
+    assert found.num_chunks == 1 or (found.num_chunks - 1) * programs < launches.PROGRAMS
     assert (found.num_chunks - 1) * found.block_t * 4 < max(1, longest)  # a chunk of the longest bag has rows
 
 
-def test_long_rows_do_not_fit():
-    assert launches.fits(8192, 2) and launches.fits(8192, 4) and not launches.fits(8193, 4)
-    assert launches.fits(2048, 8) and not launches.fits(2049, 8)
+def test_long_rows_are_cut_into_columns():
+    for embed_dim, itemsize, blocks in ((8192, 2, 1), (8192, 4, 1), (8193, 4, 9), (2048, 8, 1), (2049, 8, 9)):
+        found = launches.pool_launch(1, 100, 1, embed_dim, (embed_dim,), itemsize)
+        assert (found.column_blocks, found.whole) == (blocks, blocks == 1)
 
 
 def test_few_long_bags_are_cut_and_many_are_not():
