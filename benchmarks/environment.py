@@ -36,6 +36,7 @@ def describe(device: torch.device) -> dict[str, str | int | float | None]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "l2_mb": torch.cuda.get_device_properties(device).L2_cache_size / 1e6 if on_gpu else None,
         "driver": _driver() if on_gpu else None,
         "cuda": torch.version.cuda if on_gpu else None,
         "daam_kernels": daam_kernels.__version__,

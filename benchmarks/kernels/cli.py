@@ -11,6 +11,7 @@ from ..environment import describe, usable_device
 from . import compare, selection
 from .bare import BARE
 from .contenders import FUSED
+from .page import write_page
 from .scaling import GROUPS
 from .shapes import SHAPES, Shape
 from .store import Results, load
@@ -148,12 +149,13 @@ def _sweep_all(
 
 
 def _finish(results: Results) -> None:
-    """The pictures, and where everything is."""
+    """The pictures, the page, and where everything is."""
     from .plots import plot
 
     if results.rows:
         pictures = plot(results.csv, results.csv.parent)
-        print("written:", *(f"  {path}" for path in (results.json, results.csv, *pictures)), sep="\n")
+        page = write_page(results.csv.parent)
+        print("written:", *(f"  {path}" for path in (results.json, results.csv, *pictures, page)), sep="\n")
 
 
 def _name(dtype: torch.dtype) -> str:

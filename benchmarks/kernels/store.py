@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Sequence
 
 import torch
 
-from ..report import Row, write_csv, write_json
+from ..report import Row, read_json, write_csv, write_json
 from .cell import Cell, new_cell
 from .shapes import Shape
 
@@ -51,7 +50,7 @@ class Results:
 def load(path: Path) -> dict:
     """What :class:`Results` wrote; ends the program with a message where ``path`` is nothing of the kind."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         content["environment"], *map(case_of, content["rows"]), content["rows"][0]["contender"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise SystemExit(f"{path} has no results of the kernel benchmark as it writes them now: {error}") from None

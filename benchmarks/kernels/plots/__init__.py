@@ -9,6 +9,9 @@ from ..scaling import GROUPS
 from . import dots, growth
 
 
+PICTURES = ("of-copy", "memory", *growth.NAMES)
+
+
 def plot(csv_path: Path, out: Path) -> list[Path]:
     """All pictures of each type of data, ``out / (the CSV's stem)-(type)-(picture).png`` and .svg; their paths."""
     rows, paths = read_csv(csv_path), []
@@ -20,4 +23,8 @@ def plot(csv_path: Path, out: Path) -> list[Path]:
             paths += draw(apart, stem)
         for draw in growth.PICTURES:
             paths += draw(of_type, stem)
+        for picture in PICTURES:  # of an earlier run that had the data for it
+            for path in (Path(f"{stem}-{picture}.png"), Path(f"{stem}-{picture}.svg")):
+                if path not in paths:
+                    path.unlink(missing_ok=True)
     return paths

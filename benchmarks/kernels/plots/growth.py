@@ -139,3 +139,4 @@ _GROWTHS = (
     ),
 )  # fmt: skip
 PICTURES: tuple[Callable[[Sequence[Row], Path], list[Path]], ...] = tuple(partial(_draw, g) for g in _GROWTHS)
+NAMES = tuple(growth.name for growth in _GROWTHS)
