@@ -77,6 +77,12 @@ struct Group {
   Ahead ahead[Vector<T>::N];
   const Heads<T>* heads;
   const Moments<T>* moments = nullptr;  // where they were found as the group was packed
+  // Columns may ask that x times the density takes the place of x: pack_again brings x back, and whoever writes y
+  // multiplies by the factor that is left here.
+  V<T>* factor = nullptr;
+  void (*pack_again)(const void* unit, int64_t number) = nullptr;
+  const void* unit = nullptr;
+  int64_t number = 0;
 
   DAAM_INLINE Mask<T> lanes() const { return first_lanes<T>(count); }
 };

@@ -14,6 +14,17 @@ struct Density {
   Normaliser<T> normaliser;
 };
 
+// Whether a group may ask for products. A short one would save nothing: it is all in registers.
+template <class L, Padding P, bool BACKWARD>
+constexpr bool kProducts = !L::kRows && !BACKWARD && P == Padding::kNone && L::kLength == 0;
+
+template <class T, class L, Padding P, bool BACKWARD, bool EXACT>
+DAAM_INLINE void sweep_densities(const Group<T>& g, const Mask<T>& asked, const Origin<T>& o, Totals<T>& found) {
+  if constexpr (kProducts<L, P, BACKWARD>)
+    if (g.factor) return find_densities<T, L, P, BACKWARD, EXACT, true>(g, asked, o, found);
+  find_densities<T, L, P, BACKWARD, EXACT>(g, asked, o, found);
+}
+
 template <class T, class L, Padding P, bool BACKWARD>
 DAAM_INLINE void find_totals(const Group<T>& g, Density<T>& d) {
   origin_at_center<T>(d.origin, d.statistics, *g.heads);
@@ -25,15 +36,16 @@ DAAM_INLINE void find_totals(const Group<T>& g, Density<T>& d) {
   const Mask<T> lanes = g.lanes(), easy = lanes & ~g.heads->narrow;
   Mask<T> moved = lanes & g.heads->narrow;
   if (any(easy)) {
-    find_densities<T, L, P, BACKWARD, false>(g, easy, d.origin, d.totals);
+    sweep_densities<T, L, P, BACKWARD, false>(g, easy, d.origin, d.totals);
     moved |= easy & too_far<T>(d.totals.density, d.statistics.count.n);
   }
   if (any(moved)) {
+    if (any(easy) && g.factor) g.pack_again(g.unit, g.number);
     Nearest<T> to;
     to.distance = to.x = to.grad = V<T>{};
     find_nearest<T, L, P, BACKWARD>(g, moved, d.statistics, INT64_MAX, to);
     move_origin<T>(d.origin, moved, to, d.statistics, *g.heads);
-    find_densities<T, L, P, BACKWARD, true>(g, moved, d.origin, d.totals);
+    sweep_densities<T, L, P, BACKWARD, true>(g, moved, d.origin, d.totals);
   }
 }
 
@@ -62,13 +74,17 @@ DAAM_INLINE void work_on(const Group<T>* groups, int count, const Rules& rules, 
     find_normaliser<T>(d.totals.density, d.origin, d.statistics, *groups[b].heads, rules.softmax, d.normaliser);
     if constexpr (BACKWARD)
       differentiate<T, L, P>(groups[b], d, rules.residual, sums[b]);
+    else if (kProducts<L, P, BACKWARD> && groups[b].factor)
+      *groups[b].factor = d.normaliser.factor;
     else
       write_output<T, L, P>(groups[b], d.normaliser, d.statistics.count.n, rules.residual);
   }
 }
 
-// Slices of a few elements, the layers of a network among them, cost little but what is done once a slice: with their
-// length told and everything in one place, that is all they cost.
+constexpr int kShort = 8;  // elements
+
+// Slices of up to kShort elements, the layers of a network among them, cost little but what is done once a slice: with
+// their length told and everything in one place, that is all they cost.
 template <class T, Padding P, bool BACKWARD, int LENGTH>
 __attribute__((flatten, noinline)) void work_on_short(
     const Group<T>* groups, int count, const Rules& rules, SliceSums<T>* sums) {

@@ -106,8 +106,10 @@ void pack_with_moments(
   for (; j < lanes.count / N; j++) pack_groups<1, T>(row + j * N, s.row, from(j), moments + j);
 }
 
+// factors: of each group, what its elements are multiplied by; or none.
 template <class T, class S>
-void unpack_tile(const Tile<T>& tile, void* base, const daam_strides& s, const Lanes& lanes, bool stream) {
+void unpack_tile(
+    const Tile<T>& tile, const V<T>* factors, void* base, const daam_strides& s, const Lanes& lanes, bool stream) {
   constexpr int N = Vector<T>::N;
   S* const to = static_cast<S*>(base);
   const int64_t whole = lanes.count / N;
@@ -115,21 +117,29 @@ void unpack_tile(const Tile<T>& tile, void* base, const daam_strides& s, const L
     for (int64_t l = 0; l < lanes.count; l++) {
       S* const column = to + lanes.offset(l, s);
       const T* const from = tile.at + l / N * tile.group + l % N;
-      for (int64_t r = 0; r < tile.n; r++) put<T>(column + r * s.row, from[r * N]);
+      const T factor = factors ? factors[l / N][l % N] : 1;
+      for (int64_t r = 0; r < tile.n; r++) put<T>(column + r * s.row, from[r * N] * factor);
     }
     return;
   }
   S* row = to + lanes.offset(0, s);
   const size_t line = 64 / sizeof(S);  // past the caches whole lines are written, or it would be slow
   stream = stream && (size_t)row % 64 == 0 && s.row % line == 0 && lanes.count % line == 0;
-  for (int64_t r = 0; r < tile.n; r++, row += s.row) {
-    const T* const from = tile.at + r * N;
-    if (stream)
-      for (int64_t j = 0; j < whole; j++) stream_as<T>(row + j * N, load(from + j * tile.group));
-    else
-      for (int64_t j = 0; j < whole; j++) store_as<T>(row + j * N, load(from + j * tile.group));
-    for (int64_t l = whole * N; l < lanes.count; l++) put<T>(row + l, from[whole * tile.group + l % N]);
-  }
+  const auto rows = [&](auto value) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < tile.n; r++, row += s.row) {
+      const T* const from = tile.at + r * N;
+      if (stream)
+        for (int64_t j = 0; j < whole; j++) stream_as<T>(row + j * N, value(from, j));
+      else
+        for (int64_t j = 0; j < whole; j++) store_as<T>(row + j * N, value(from, j));
+      for (int64_t l = whole * N; l < lanes.count; l++) put<T>(row + l, value(from, whole)[l % N]);
+    }
+  };
+  const auto plain = [&](const T* from, int64_t j) __attribute__((always_inline)) { return load(from + j * tile.group); };
+  if (factors)
+    rows([&](const T* from, int64_t j) __attribute__((always_inline)) { return plain(from, j) * factors[j]; });
+  else
+    rows(plain);
 }
 
 // A row: one slice. Scratch memory beyond its end is filled with zeros to a whole vector.
@@ -171,7 +181,7 @@ struct Storage {
   Format format;
   void (*pack_tile)(const void*, const daam_strides&, const Lanes&, const Tile<T>&);
   void (*pack_with_moments)(const void*, const daam_strides&, const Lanes&, const Tile<T>&, Moments<T>*);
-  void (*unpack_tile)(const Tile<T>&, void*, const daam_strides&, const Lanes&, bool);
+  void (*unpack_tile)(const Tile<T>&, const V<T>*, void*, const daam_strides&, const Lanes&, bool);
   void (*pack_row)(const void*, int64_t, int64_t, T*);
   void (*unpack_row)(const T*, int64_t, void*, int64_t, bool);
 

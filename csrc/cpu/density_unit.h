@@ -175,7 +175,8 @@ class Columns {
   static int64_t scratch_bytes(const Job<T>& job, int64_t n) {
     const int64_t group = group_numbers(n);
     const int64_t groups = divide_up(job.width, N), moments = groups * (int64_t)(sizeof(Moments<T>) / sizeof(T));
-    return 4 * Arrays<T>::bytes(groups * group) + 3 * kTogether * Arrays<T>::bytes(group) + Arrays<T>::bytes(moments);
+    return 4 * Arrays<T>::bytes(groups * group) + 3 * kTogether * Arrays<T>::bytes(group) + Arrays<T>::bytes(moments) +
+           Arrays<T>::bytes(groups * N);
   }
 
   // Of slices, or of runs of them if that is shorter.
@@ -200,8 +201,11 @@ class Columns {
       packed[b].heads = &job.heads[head];
     }
     x = {arrays.take(all), n, one};
+    const bool whole = P == Padding::kNone && run == job.longest;
+    const bool products = whole && n > kShort && !BACKWARD && !job.rules.residual && !t.weights;
+    factors = products ? reinterpret_cast<V<T>*>(arrays.take(groups() * N)) : nullptr;
     moments = nullptr;
-    if (P == Padding::kNone && n > kBesideEachOther && run == job.longest && lanes.count % N == 0 && lanes.adjacent(p.x)) {
+    if (whole && n > kBesideEachOther && lanes.count % N == 0 && lanes.adjacent(p.x)) {
       moments = reinterpret_cast<Moments<T>*>(arrays.take(groups() * (int64_t)(sizeof(Moments<T>) / sizeof(T))));
       job.storage.pack_with_moments(at(t.x, p.x), p.x, lanes, x, moments);
     } else {
@@ -239,6 +243,10 @@ class Columns {
       packed[b].count = (int)least(N, lanes.count - j * N);
       packed[b].moments = moments ? moments + j : nullptr;
       Row<T>& row = packed[b].row[0];
+      packed[b].factor = factors ? factors + j : nullptr;
+      packed[b].pack_again = pack_again;
+      packed[b].unit = this;
+      packed[b].number = j;
       row.out = x.at + from;  // an element's result takes its place
       row.x = x.at + from;
       if (BACKWARD) row.grad = grad.at + from;
@@ -253,8 +261,8 @@ class Columns {
 
   void write_back() const {
     const daam_strides& s = job.problem.out;
-    job.storage.unpack_tile(x, at(job.tensors.out, s), s, lanes, job.stream);
-    if (weights.at) job.storage.unpack_tile(weights, at(job.tensors.weights, s), s, lanes, job.stream);
+    job.storage.unpack_tile(x, factors, at(job.tensors.out, s), s, lanes, job.stream);
+    if (weights.at) job.storage.unpack_tile(weights, nullptr, at(job.tensors.weights, s), s, lanes, job.stream);
   }
 
   // Sums of groups from number j on.
@@ -278,6 +286,13 @@ class Columns {
     return const_cast<char*>(static_cast<const char*>(base)) + first_row * s.row * (int64_t)job.storage.size;
   }
 
+  static void pack_again(const void* unit, int64_t j) {
+    const Columns& c = *static_cast<const Columns*>(unit);
+    const daam_strides& s = c.job.problem.x;
+    const Lanes of_group = {c.lanes.first + j * N, least(N, c.lanes.count - j * N), c.lanes.inner};
+    c.job.storage.pack_tile(c.at(c.job.tensors.x, s), s, of_group, {c.x.at + j * c.x.group, c.x.n, c.x.group});
+  }
+
   const Job<T>& job;
   const int64_t run;
   void* const scratch;
@@ -286,6 +301,7 @@ class Columns {
   Tile<T> x{}, grad{}, weights{};
   typename Vector<T>::integer* valid = nullptr;
   Moments<T>* moments;
+  V<T>* factors;
   const char *next_x, *next_grad;
   int count;
   Group<T> packed[kTogether];

@@ -124,12 +124,13 @@ struct Totals {
   V<T> density, q;
 };
 
-// Keeps the densities, and in the backward z and q.
-template <class T, class L, Padding P, bool BACKWARD, bool EXACT>
+// Keeps the densities, under PRODUCT times x in the place of x, and in the backward z and q.
+template <class T, class L, Padding P, bool BACKWARD, bool EXACT, bool PRODUCT = false>
 void find_densities(const Group<T>& g, const Mask<T>& asked, const Origin<T>& o, Totals<T>& found) {
   constexpr int N = Vector<T>::N;
   each_row<T, L>(g, asked, [&](int r) __attribute__((always_inline)) {
     const Row<T> row = g.row[r];
+    T* const to = PRODUCT ? const_cast<T*>(row.x) : row.density;
     const Ahead ahead = g.ahead[r];
     const V<T> high = of_row<T, L>(o.high, r), scale = of_row<T, L>(o.scale, r);
     const V<T> shift = of_row<T, L>(o.shift, r), start = of_row<T, L>(o.start, r);
@@ -139,10 +140,10 @@ void find_densities(const Group<T>& g, const Mask<T>& asked, const Origin<T>& o,
     const auto body = [&](int64_t i, auto within, auto slot) __attribute__((always_inline)) {
       if constexpr (!L::kRows || !slot.second) ahead.touch_x(i);
       if constexpr (BACKWARD && L::kRows && !slot.second) ahead.touch_grad(i);
-      const V<T> from_high = within.load(row.x + i * N) - high;
+      const V<T> x = within.load(row.x + i * N), from_high = x - high;
       V<T> d = from_high * scale - shift, m = within(density<T, EXACT>(d, twice));
       if constexpr (P == Padding::kExcluded) m = keep<T>(load_mask<T>(row.valid + i * N), m);
-      store<T>(row.density + i * N, m);
+      store<T>(to + i * N, PRODUCT ? m * x : m);
       sum += m;
       if constexpr (BACKWARD) {
         V<T> grad = within.load(row.grad + i * N), q;

@@ -193,6 +193,22 @@ def test_large_results_equal_small_ones(shape, axis, num_heads, dtype):
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 12, 21), (2, 40, 16), (2, 40, 21)], ids=str)
+def test_columns_of_which_some_lie_far_from_the_gaussians(shape, dtype):
+    """Their densities are found again, relative to their own largest, of an x whose place products had taken."""
+    rng = generator(3)
+    x = torch.rand(shape, generator=rng, dtype=torch.float64)
+    x[..., ::2] = (x[..., ::2] < 0.2).double()  # of two values, neither of which is within a deviation
+    x, parameters = x.to(dtype), (torch.full((1, 2), 1.2), torch.full((1, 2), 0.4))
+    parameters = [p.to(torch.float64 if dtype == torch.float64 else torch.float32) for p in parameters]
+    options = dict(norm_axis=1, normalize="softmax")
+    grad = torch.ones_like(x)
+    got = evaluate("native", x, *parameters, grad, **options)
+    assert_contract(got, truth(x, *parameters, grad, **options), dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
 def test_any_nan_among_the_parameters_stays_one(bits, dtype):
     """Rounded to bfloat16 by arithmetic on its bits, a NaN of ones alone would become 0."""
