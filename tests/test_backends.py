@@ -213,3 +213,47 @@ daam_kernels.density_attention(torch.randn(3, 8), torch.zeros(2, 2), torch.ones(
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_rule_of_plain_pytorch():
+    """By the formula up to 2 ** 18 intermediates on a CPU; where nothing has been measured, in blocks."""
+    form = backends.reference_form
+    assert [form("cpu", 2**power) for power in (0, 12, 18, 19, 30)] == ["formula"] * 3 + ["blocks"] * 2
+    assert form("cuda", 1) == form("mps", 1) == "blocks"
+    x = torch.empty(1)
+    assert backends.takes_formula("auto", x, 1) and not backends.takes_formula("reference", x, 1)
+
+
+def test_what_asks_for_a_backend_goes_before_the_rule(monkeypatch):
+    for value, expected in (("", True), ("auto", True), ("reference", False)):
+        monkeypatch.setenv(VARIABLE, value)
+        assert backends.takes_formula("auto", torch.empty(1), 1) == expected
+
+
+@pytest.mark.parametrize("keys, in_blocks", [(4, False), (2**15, True)])
+def test_auto_computes_small_attention_by_the_formula_and_large_in_blocks(monkeypatch, keys, in_blocks):
+    from daam_kernels.ops import additive_attention, attention_pool
+
+    used = []
+
+    def recorded(original):
+        return lambda *arguments: used.append(original) or original(*arguments)
+
+    for module, name in (
+        (additive_attention.blocks, "additive_attention_forward"),
+        (attention_pool.in_blocks, "forward"),
+    ):
+        monkeypatch.setattr(module, name, recorded(getattr(module, name)))
+    double = dict(dtype=torch.float64)
+    x, query = torch.randn(1, 1, keys, 16, **double), torch.randn(1, 1, 1, 16, **double, requires_grad=True)
+    weight = torch.randn(1, 16, **double)
+    for function in (
+        lambda backend: daam_kernels.additive_attention(query, x, x, weight, backend=backend),
+        lambda backend: daam_kernels.attention_pool(x[0], query[0, 0], backend=backend),
+    ):
+        used.clear()
+        got, named = function("auto"), function("reference")
+        assert len(used) == 1 + in_blocks
+        torch.testing.assert_close(got, named)
+        for result, other in zip(*(torch.autograd.grad(y.square().sum(), query) for y in (got, named))):
+            torch.testing.assert_close(result, other)

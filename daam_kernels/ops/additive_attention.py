@@ -3,17 +3,19 @@
 The backward takes the output and one number per query from the forward, and works out the scores anew, and the weights
 where they have a gradient. The output is in the arithmetic type, float32 for half types too: rounded, it would make the
 gradients less exact than their type is. As with ``density_attention``, eager calls on plain tensors go through an
-``autograd.Function``; torch.func, forward-mode AD and gradients of gradients get the ordinary operations of
-``reference.additive_attention``.
+``autograd.Function``; few activations on a CPU (:func:`..backends.reference_form`), torch.func, forward-mode AD and
+gradients of gradients get the ordinary operations of ``reference.additive_attention``.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import resolve
+from ..backends import resolve, takes_formula
 from ..reference import additive_attention_blocks as blocks
 from ..reference.additive_attention_blocks import AdditiveProblem
 from . import eager
@@ -48,6 +50,10 @@ def apply(problem: AdditiveProblem, backend: str) -> tuple[Tensor, Tensor | None
     if not eager.is_plain(*problem.tensors):
         output, _, weights = torch.ops.daam_kernels.additive_attention.default(*problem, backend)
         return output, weights if problem.need_weights else None
+    activations = math.prod(problem.shape_of_scores) * problem.query.shape[-1]
+    # With the weights a formula's graph would be of their size, and value would have no gradient of them, not zeros.
+    if not problem.need_weights and takes_formula(backend, problem.query, activations):
+        return _reference_forward(problem)
     backend = resolve(backend, problem.query, _NAME)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in problem.tensors):
         output, _, weights = _AdditiveAttention.apply(*problem, backend)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import resolve
+from ..backends import resolve, takes_formula
 from ..reference import attention_pool_blocks as in_blocks
 from ..sequences import check_lengths, check_packing, lengths_of, packing
 from . import eager
@@ -100,7 +100,7 @@ def apply(pooling: Pooling, need_weights: bool, backend: str) -> tuple[Tensor, T
     """(context [bags, hops, embed_dim], weights [bags, hops, rows] or [hops, total], or None, whether a bag has a
     valid row [bags]), the first two of the arithmetic's type and differentiable. The arguments are checked already.
     """
-    if eager.is_transformed():
+    if eager.is_transformed() or _takes_formula(pooling, backend):
         resolve(backend, pooling.x, _NAME)
         pooling.check_bags()
         context, weights = _reference(pooling)
@@ -109,6 +109,14 @@ def apply(pooling: Pooling, need_weights: bool, backend: str) -> tuple[Tensor, T
         context, weights, lse = torch.ops.daam_kernels.attention_pool.default(*pooling, need_weights, backend)
         found = lse[:, 0] != -torch.inf
     return context, weights if need_weights else None, found
+
+
+def _takes_formula(pooling: Pooling, backend: str) -> bool:
+    if pooling.cu_seqlens is not None or not eager.is_plain(*pooling[:10]):
+        return False
+    hops, hidden_or_embed_dim = pooling.query.shape
+    bags, rows, embed_dim = pooling.x.shape
+    return takes_formula(backend, pooling.x, bags * rows * max(embed_dim, hidden_or_embed_dim, hops))
 
 
 def _reference(pooling: Pooling) -> tuple[Tensor, Tensor]:
