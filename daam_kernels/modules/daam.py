@@ -93,8 +93,9 @@ class _DensityAttention(nn.Module):
             if cu_seqlens is not None or max_seqlen is not None or (isinstance(x, Tensor) and x.is_nested):
                 raise ValueError(f"eps must be one number for all heads with packed sequences, got {self.eps}")
             return self._forward_head_by_head(x, return_attention_details, mask, residual)
-        sequences = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
-        return self._attend(x, self._gaussians(), self.eps, return_attention_details, mask, residual, **sequences)
+        return self._attend(
+            x, self._gaussians(), self.eps, return_attention_details, mask, residual, cu_seqlens, max_seqlen
+        )
 
     def _gaussians(self) -> dict:
         """The Gaussians of all heads, as :func:`daam_kernels.density_attention` takes them."""
@@ -121,7 +122,7 @@ class _DensityAttention(nn.Module):
             return torch.cat(outputs, axis), torch.cat(weights, axis)
         return torch.cat(parts, axis)
 
-    def _attend(self, x, gaussians, eps, return_weights, mask, residual, **sequences):
+    def _attend(self, x, gaussians, eps, return_weights, mask, residual, cu_seqlens=None, max_seqlen=None):
         return density_attention(
             x,
             **gaussians,
@@ -134,7 +135,8 @@ class _DensityAttention(nn.Module):
             residual=residual,
             return_weights=return_weights,
             backend=self.backend,
-            **sequences,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
         )
 
     def extra_repr(self) -> str:

@@ -60,6 +60,18 @@ def test_what_is_wrong_or_fails_is_told(monkeypatch):
     assert rows[FORWARD, "wrong"]["us"] is None and rows[FORWARD, layers.LAYER_NORM]["over_layer_norm"] == 1
 
 
+def test_a_gpus_own_time_stands_beside(monkeypatch):
+    """Without one: a tensor that says it is there, and a graph that says how long it takes."""
+    tiny = case()
+    launch = layers.Layer(layers.LAUNCH, dict.fromkeys((FORWARD, BOTH), lambda: ()), judged=False)
+    peer = layers.layers(tiny, "auto")[layers.LAYER_NORM]
+    monkeypatch.setattr(cli, "layers", lambda *_: {layers.LAUNCH: lambda: launch, layers.LAYER_NORM: peer})
+    monkeypatch.setattr(cli, "graph_timer", lambda calls: lambda: 1e-6 * len(calls))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    rows = [row for row in cli.measure(tiny, "auto", 0.01) if row["layer"] == "kernels on the device"]
+    assert [(row["direction"], round(row["us"])) for row in rows] == [(FORWARD, 20), (BOTH, 20)]
+
+
 @pytest.mark.usefixtures("threads")
 def test_a_run(tmp_path, capsys):
     arguments = ["host", "--device", "cpu", "--cases", "tiny", "--budget", "0.05", "--out", str(tmp_path)]

@@ -208,6 +208,10 @@ def faults(name: str, target: str, kernel: dict) -> list[str]:
         return found
     if name == "block in columns" and kernel["name"] == "block_backward_resident":  # few_neighbours
         return found
+    if kernel[
+        "warpgroup_products"
+    ]:  # reported to read beside shared memory where a kernel has several, from Triton 3.6
+        found.append(f"{kernel['warpgroup_products']} products by warpgroups")
     if CASES[name].aligned and kernel["name"] in READERS | WRITERS and not kernel["wide_loads"]:
         found.append("no 16-byte loads")
     if (
@@ -414,6 +418,7 @@ def statistics(kernel, target: str) -> dict:
         spills=int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
         wide_loads=len(re.findall(rf"\bld\.global[.\w:]*{vector}|\bcp\.async\b[^;]*\b(?:16|0x10)\b", code)),
         wide_stores=len(re.findall(rf"\bst\.global[.\w:]*{vector}", code)),
+        warpgroup_products=len(re.findall(r"\bwgmma\.mma_async", code)),
     )
 
 
