@@ -10,7 +10,7 @@ from .alignment import cli as alignment
 from .bags import cli as bags
 from .host import cli as host
 from .kernels import cli as kernels
-from .kernels import compare, page
+from .kernels import compare, page, readme
 from .pool import cli as pool
 from .quickstart import cli as quickstart
 from .tune import cli as tune
@@ -25,6 +25,7 @@ _FAMILIES = {
     "kernels": kernels,
     "pool": pool,
     "quickstart": quickstart,
+    "readme": readme,
     "report": page,
     "tune": tune,
     "verify": verify,
