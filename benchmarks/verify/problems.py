@@ -147,6 +147,8 @@ def _pool(draw: Draw, small: bool) -> Named:
     dense = (2, 5, size) if small else (3, 700, size)
     bounds = (0, 4, 4, 7) if small else (0, 900, 900, 1000, 1333)
     yield "dot", call, (draw.x(*dense, mean=0.0), draw.parameter(hops, size))
+    if not small:
+        yield "dot, long rows", call, (draw.x(2, 40, 9000, mean=0.0), draw.parameter(2, 9000))
     masked = partial(call, key_padding_mask=draw.mask(*dense[:2]))
     yield "dot, masked", masked, (draw.x(*dense, mean=0.0), draw.parameter(hops, size))
     layers = [draw.parameter(*shape) for _ in range(2) for shape in ((hidden, size), (hidden,))]
