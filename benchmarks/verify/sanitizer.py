@@ -14,20 +14,21 @@ _UNSUPPORTED = re.compile(r"device not supported|not supported on this (?:device
 
 
 class Report(NamedTuple):
-    """``ours`` and ``foreign``: complaints of kernels of this package and of others, "what at which kernel", counted.
+    """``ours``: errors of this package's kernels, "what at which kernel", counted; ``others``: those of other packages'
+    kernels, and warnings: of races that may be meant to be.
 
     ``finished``: whether it came to its summary; ``unsupported``: whether it cannot watch this device.
     """
 
     ours: Counter
-    foreign: Counter
+    others: Counter
     finished: bool
     unsupported: bool
 
 
 def parse(log: str) -> Report:
     """The report of one run. What cannot be told apart is counted as ours."""
-    ours, foreign = Counter(), Counter()
+    ours, others = Counter(), Counter()
     lines = log.splitlines()
     for number, line in enumerate(lines):
         found = _REPORT.match(line)
@@ -40,8 +41,8 @@ def parse(log: str) -> Report:
                 kernel = place[1].strip()
                 break
         title = title.split(" at ")[0]
-        (foreign if _FOREIGN.search(kernel) else ours)[f"{title} at {kernel}"] += 1
+        (others if _FOREIGN.search(kernel) or title.startswith("Warning") else ours)[f"{title} at {kernel}"] += 1
     summaries = [int(count) for count in _SUMMARY.findall(log)]
-    if any(summaries) and not ours and not foreign:
+    if any(summaries) and not ours and not others:
         ours[f"{max(summaries)} errors, which the log has"] += 1
-    return Report(ours, foreign, bool(summaries), bool(_UNSUPPORTED.search(log)))
+    return Report(ours, others, bool(summaries), bool(_UNSUPPORTED.search(log)))

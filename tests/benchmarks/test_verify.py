@@ -145,14 +145,16 @@ def test_logs_of_the_sanitizer():
 """
     found = sanitizer.parse(ours)
     assert found.ours == {"Invalid __global__ read of size 4 bytes at forward_resident": 1} and found.finished
-    assert list(found.foreign.values()) == [1] and "reduce_kernel" in next(iter(found.foreign))
+    assert list(found.others.values()) == [1] and "reduce_kernel" in next(iter(found.others))
     race = "========= Error: Race reported between Write access at pool_sums+0xc0 in pool.py:3\n"
     race += "=========     and Read access at pool_sums+0x150 in pool.py:4 [8 hazards]\n"
     race += "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
     assert sanitizer.parse(race).ours == {"Error: Race reported between Write access at pool_sums": 1}
+    warned = sanitizer.parse(race.replace("Error: Race", "Warning: Race"))
+    assert not warned.ours and list(warned.others.values()) == [1]
     assert sanitizer.parse("========= ERROR SUMMARY: 3 errors").ours == {"3 errors, which the log has": 1}
     clean = sanitizer.parse("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors")
-    assert clean.finished and not clean.ours and not clean.foreign
+    assert clean.finished and not clean.ours and not clean.others
     assert sanitizer.parse("========= Error: Device not supported.").unsupported
 
 
