@@ -16,8 +16,8 @@ from .schedule import Step
 TESTS, HUGE, CONTRACT, DERIVATIVES, TOUCH = "gpu tests", "huge tests", "contract", "derivatives", "touch"
 ENVIRONMENT, SANITIZER = "environment", "sanitizer"
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
-TIMINGS = ("kernels", "additive", "pool", "host")
-GROUPS = (ENVIRONMENT, TESTS, HUGE, DERIVATIVES, CONTRACT, TOUCH, SANITIZER, *TIMINGS)
+TIMINGS, REPORT = ("kernels", "additive", "pool", "host"), "report"
+GROUPS = (ENVIRONMENT, TESTS, HUGE, DERIVATIVES, CONTRACT, TOUCH, SANITIZER, *TIMINGS, REPORT)
 
 # Tests of all operators that hold a backend on the device to the contract; those of tests/gpu are a step of their own.
 _CONTRACTS = (
@@ -39,6 +39,7 @@ def steps(device: str, groups: tuple[str, ...], out: Path, cores: int, repositor
         TOUCH: lambda: _touches(device),
         SANITIZER: lambda: _sanitizers(device, [step.name for step in _touches(device)] if TOUCH in groups else []),
         **{name: lambda name=name: [_timing(name, device, out)] for name in TIMINGS},
+        REPORT: lambda: [_report(out)],
     }
     found = [step for group in GROUPS if group in groups for step in made[group]()]
     return [_with_environment(step, device, out, cores) for step in found]
@@ -166,3 +167,9 @@ def _timing(name: str, device: str, out: Path) -> Step:
     problem = _missing("tqdm", "matplotlib") if name != "host" else None
     command = _python("benchmarks", name, "--device", device, "--out", str(out), *chosen)
     return Step(name, command, limit, alone=True, usual=usual, problem=problem)
+
+
+def _report(out: Path) -> Step:
+    """The page and the pictures of all that was measured, of a benchmark that was killed too; the last of the steps."""
+    command = _python("benchmarks", "report", str(out))
+    return Step(REPORT, command, 60, alone=True, usual=10, problem=_missing("matplotlib"))

@@ -218,6 +218,7 @@ def test_commands_for_a_gpu_are_such_as_the_programs_take(tmp_path, monkeypatch)
         _FAMILIES[name].add_arguments(parser)
         assert found[name].command[1:4] == ("-m", "benchmarks", name) and found[name].alone
         assert parser.parse_args(found[name].command[4:]).device == "cuda"
+    assert found["report"].command[3:] == ("report", str(tmp_path)) and list(found)[-1] == "report"
     for module in (derivatives, touch):
         monkeypatch.setattr(module, "problems", lambda *_, **__: iter(()))
     for name, step in found.items():
