@@ -33,7 +33,7 @@ def test_steps_end_apart_from_each_other(tmp_path, monkeypatch):
         Step("good", python("print('fine')"), 20),
         Step("bad", python("raise SystemExit(3)"), 20),
         Step("killed", python("import os; os.kill(os.getpid(), 9)"), 20),
-        Step("hangs", python(hangs), 1.5),
+        Step("hangs", python(hangs), 4.0),
         Step("later", python("pass"), 20, after=("hangs", "good")),
         Step("absent", ("no such program",), 20, problem="not installed: it"),
         Step("timing", python("pass"), 20, alone=True),
