@@ -14,6 +14,7 @@ from torch import Tensor
 from ..options import DensityOptions
 from ..sequences import packing
 from ..slices import packed_view, slice_view, with_views
+from .direct import Plan, Pointer
 from .launch import PROCESSORS, Launch, density_launch
 from .tuning import tuned_choices
 
@@ -75,11 +76,13 @@ def _in_order(options: DensityOptions) -> bool:
     return options.density == "gaussian"
 
 
-def run(kernel: Any, launch: Launch, pointers: dict[str, Tensor | None], grid: tuple[int, ...] = ()) -> None:
+def run(kernel: Any, launch: Launch, pointers: dict[str, Pointer], grid: tuple[int, ...] = ()) -> None:
     """Launch a kernel on those of the pointers that it takes, over the launch's grid or one of its own."""
-    grid = grid or (launch.num_programs, max(1, launch.tile.num_chunks))
-    taken = {name: pointers[name] for name in kernel.arg_names if name in pointers}
-    kernel[grid](**taken, **launch.arguments(kernel))
+    x, y, z = (*(grid or (launch.num_programs, max(1, launch.tile.num_chunks))), 1, 1)[:3]
+    plan = launch.plans.get(kernel.fn)
+    if plan is None:
+        plan = launch.plans[kernel.fn] = Plan(kernel, launch, pointers)
+    plan(pointers, (x, y, z))
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:

@@ -137,17 +137,14 @@ class Launch:
     num_programs: int  # along the first axis of the grid; the second is the chunks of a slice
     num_slices: int
     values: dict[str, Any]  # arguments by their names in the kernels
-    _chosen: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    plans: dict[Any, Any] = field(default_factory=dict)  # of the kernels launched so far, by their functions
 
     def arguments(self, kernel: Any) -> dict[str, Any]:
         """The values that a kernel takes, and its launch options."""
-        chosen = self._chosen.get(kernel)
-        if chosen is None:
-            chosen = {name: self.values[name] for name in kernel.arg_names if name in self.values}
-            chosen.update(num_warps=self.tile.num_warps, num_stages=1, enable_fp_fusion=True)
-            if LIMIT_REGISTERS:
-                chosen["maxnreg"] = self.tile.registers
-            self._chosen[kernel] = chosen
+        chosen = {name: self.values[name] for name in kernel.arg_names if name in self.values}
+        chosen.update(num_warps=self.tile.num_warps, num_stages=1, enable_fp_fusion=True)
+        if LIMIT_REGISTERS:
+            chosen["maxnreg"] = self.tile.registers
         return chosen
 
 
