@@ -12,6 +12,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
+import daam_kernels
 from daam_kernels.backends import resolve
 
 from .bare import BARE, BARE_FRESH, BARE_HUGE, bare_kernels
@@ -24,6 +25,7 @@ CLOSED_FORM, CLOSED_FORM_COMPILED = "closed form eager", "closed form compiled" 
 LAYER_NORM, SOFTMAX = "layer_norm, last axis", "softmax, last axis"
 FUSED, FRESH_COPY, COPY = "fused", "copy, fresh output", "copy"
 
+_OTHERS = ("cuda",)  # backends that auto takes only where its first choice is missing; this one has no float64
 _MOST_COMPILED = 16  # Gaussians of every head, or sequences, which the compiler sees one by one
 
 
@@ -74,6 +76,8 @@ def contenders(case: Case) -> dict[str, Callable[[], Contender]]:
         makers[CLOSED_FORM_COMPILED] = lambda: _closed_form(case, compiled=True)
     for variant in operator.variants:
         makers[_fused_name(variant)] = partial(_fused, case, variant)
+    for backend in _other_backends(case):
+        makers[_fused_name(backend)] = partial(_fused_by, case, backend)
     makers |= bare_kernels(case)
     if case.x.is_contiguous():
         last = case.x.shape[-1:]
@@ -91,7 +95,7 @@ def contenders(case: Case) -> dict[str, Callable[[], Contender]]:
 def all_names() -> list[str]:
     """The contenders that some case has, in their order."""
     variants = dict.fromkeys(variant for operator in OPERATORS.values() for variant in operator.variants)
-    ours = [*map(_fused_name, variants), BARE, BARE_FRESH, BARE_HUGE]
+    ours = [*map(_fused_name, (*variants, *_OTHERS)), BARE, BARE_FRESH, BARE_HUGE]
     others = [UPSTREAM, UPSTREAM_COMPILED, CLOSED_FORM, CLOSED_FORM_COMPILED]
     return [*others, *ours, LAYER_NORM, SOFTMAX, FRESH_COPY, COPY]
 
@@ -109,6 +113,21 @@ def _fused(case: Case, variant: str) -> Differentiable:
     operator = OPERATORS[case.shape.operator]
     backend = resolve("auto", case.x, operator.density)
     return _contender(case, f"{_fused_name(variant)} ({backend})", operator.fused(case, variant), CONTRACT)
+
+
+def _other_backends(case: Case) -> list[str]:
+    """Those that serve the case beside the one that auto takes."""
+    if case.shape.operator != "product" or not case.x.is_cuda or case.x.dtype == torch.float64:
+        return []
+    taken, there = resolve("auto", case.x), daam_kernels.available_backends()
+    return [backend for backend in _OTHERS if backend != taken and there[backend]]
+
+
+def _fused_by(case: Case, backend: str) -> Differentiable:
+    mean_offsets, c = parameters = leaves(case)
+    options = dict(norm_axis=case.shape.norm_axis, backend=backend)
+    form = Form(lambda x: daam_kernels.density_attention(x, mean_offsets, c, **options), parameters)
+    return _contender(case, _fused_name(backend), form, CONTRACT)
 
 
 def _closed_form(case: Case, compiled: bool) -> Differentiable:

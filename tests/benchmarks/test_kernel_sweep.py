@@ -105,6 +105,15 @@ def test_truth_of_the_family_is_the_same_however_it_is_cut(monkeypatch, options)
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
+def test_a_second_backend_of_a_gpu_is_timed_and_judged_too(monkeypatch):
+    case = small_case()
+    assert f"{FUSED}, cuda" not in contenders(case)
+    monkeypatch.setattr("benchmarks.kernels.contenders._other_backends", lambda case: ["reference"])
+    contender = contenders(case)[f"{FUSED}, reference"]()
+    assert complaint(contender, errors(BOTH, contender(BOTH, case.x, case.grad), truth(case))) is None
+    assert contender.tolerance == contenders(case)[FUSED]().tolerance
+
+
 def test_packed_sequences_are_estimated_on_a_part_of_them(monkeypatch):
     case = small_case(**FAMILY[-1])
     monkeypatch.setattr(sweep, "_PROBE", 7 * 6)
@@ -174,8 +183,14 @@ def test_bare_kernels_are_left_out_without_the_library_and_fresh_ones_for_small_
 
 
 @pytest.mark.parametrize("result, error", [([3.0, 4.0], 0.0), ([3.0, 4.5], 0.1), ([3.0, math.nan], math.inf)])
-def test_relative_error(result, error):
-    assert relative_error(torch.tensor(result), torch.tensor([3.0, 4.0], dtype=torch.float64)) == pytest.approx(error)
+def test_relative_error(monkeypatch, result, error):
+    true = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert relative_error(torch.tensor(result), true) == pytest.approx(error)
+    monkeypatch.setattr("benchmarks.kernels.check._PART", 1)  # so that it is cut
+    assert relative_error(torch.tensor(result), true) == pytest.approx(error)
+    assert relative_error(torch.tensor(result[1]), true[1]) == pytest.approx(
+        abs(result[1] - 4) / 4 if error < 1 else error
+    )
 
 
 def test_relative_error_of_another_shape_or_a_vanished_truth():

@@ -44,7 +44,8 @@ LOOKS = {
     SOFTMAX: Look("#b8a800", "*"),
     f"{FUSED}, layer by layer": Look("#cc79a7", "h"),
     f"{FUSED}, one by one": Look("#cc79a7", "h"),
-    BARE: Look("#e69f00", "D"),
+    f"{FUSED}, cuda": Look("#e69f00", "p"),
+    BARE: Look("#e69f00", "D"),  # of a CPU, where the other is not
     FUSED: Look("#d55e00", "o"),
 }
 COPY_LINE = dict(color="black", linestyle="--", linewidth=1)
