@@ -151,7 +151,7 @@ def _status(row: Row) -> str:
 
 def _cell(value: object) -> str:
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return "; ".join(map(str, value))  # names of contenders have commas
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -43,6 +43,8 @@ def test_what_was_right_and_is_not_any_more_is_lost_and_backends_are_named():
     old, new = [row("fused (triton)", 5.0)], [row("fused (cuda)", None, status="wrong")]
     (change,) = compare(old, new)
     assert (change.verdict, change.regressed, change.note) == ("LOST", True, "wrong: why; then fused (triton)")
+    (change,) = compare(old, [row("fused (triton)", None, status="skipped")])
+    assert (change.verdict, change.regressed) == ("", False)
     (change,) = compare(new, old)
     assert (change.verdict, change.regressed) == ("", False)
 
