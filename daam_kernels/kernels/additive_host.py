@@ -14,7 +14,7 @@ from ..reference.dropout import dropout_threshold
 from .additive_launch import AdditiveTile, _power_of_two
 
 ON_NVIDIA = torch.version.hip is None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Plain numbers whose values must not make new kernels. Of hidden, value_dim and the strides the compiler must know what
 # 16 divides, or it cannot use 16-byte accesses.
@@ -40,8 +40,8 @@ def prepare(problem: AdditiveProblem, **others: Tensor | None) -> Callable[..., 
         "threshold": dropout_threshold(problem.dropout_p),
         "ADDED": attn_mask is not None and attn_mask.dtype != torch.bool, "CAUSAL": problem.is_causal,
         "DROPOUT": problem.dropout_p, "SCALE": problem.scale,
-        "FAST": problem.fast_tanh and ON_NVIDIA and not _INTERPRETED and dtype != torch.float64,
-        "PRECISION": "tf32x3" if ON_NVIDIA and dtype != torch.float64 else "ieee",
+        "FAST": problem.fast_tanh and ON_NVIDIA and not INTERPRETED and dtype != torch.float64,
+        "PRECISION": dot_precision(dtype),
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
     }  # fmt: skip
     for name, t in tensors.items():
@@ -64,6 +64,11 @@ def prepare(problem: AdditiveProblem, **others: Tensor | None) -> Callable[..., 
         kernel[grid](**taken, num_warps=tile.num_warps, num_stages=1, enable_fp_fusion=True)
 
     return run
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies float32, or float64 for float64, without losing digits."""
+    return "tf32x3" if ON_NVIDIA and dtype != torch.float64 else "ieee"
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:

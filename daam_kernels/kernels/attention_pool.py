@@ -6,7 +6,8 @@ rows so far, and the weighted sum; ``pool_merge`` joins the chunks of a bag in a
 weighed with that, for the query's gradient. More than eight hops, or fewer where rows are long, are taken in blocks,
 each of which reads x, mostly from the cache. Rows too long for a program take ``pool_products`` first, which has their
 scores and their products with the gradient: x is read twice each way then. Scores of additive and gated pooling come
-from torch's matrix products, block by block, which read x once more each way.
+from ``attention_pool_scores``, those of float32 and of wide hidden layers from torch's matrix products, block by block:
+both read x once more each way. The layers' gradients are torch's products, which read x and dx again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..reference import attention_pool_blocks as in_blocks
 from ..sequences import packing
+from . import attention_pool_scores
 from .attention_pool_launch import PoolLaunch, pool_launch
 from .density_math import FAR, LN_2, LOG2_E
 from .host import device_of
@@ -316,6 +318,8 @@ def _known_scores(pooling: Pooling, x: Tensor, launch: PoolLaunch, scores: Tenso
         scores = x.new_empty(pooling.shape_of_scores, dtype=pooling.arithmetic)
     if dot:
         _write_products(pooling, x, launch, pooling.scale * pooling.query.to(pooling.arithmetic), scores)
+    elif attention_pool_scores.serves(pooling):
+        attention_pool_scores.write_hidden_scores(pooling, x, scores)
     else:
         _write_scores(pooling, scores)
     return scores

@@ -16,6 +16,7 @@ PROGRAMS = 528  # that bags are cut for: four for each of an H200's 132 processo
 _ELEMENTS = 8192  # of a tile, of float32; a quarter of float64
 _MOST_ROWS, _MOST_HOPS, _MOST_WARPS = 64, 8, 8
 _OF_LONG_ROWS = 8  # share of a tile that a row of a block of columns takes
+_HIDDEN_ROWS, _HIDDEN_COLUMNS = 64, 64  # of x in a tile of half types
 _TILES = 4  # at least, that a chunk of a bag has
 
 
@@ -41,10 +42,31 @@ class PoolLaunch:
         return self.column_blocks == 1
 
     def options(self) -> dict[str, int | bool]:
-        chosen = dict(num_warps=self.num_warps, num_stages=1, enable_fp_fusion=True)
-        if launch.LIMIT_REGISTERS:
-            chosen["maxnreg"] = min(255, 65536 // (32 * self.num_warps))
-        return chosen
+        return _options(self.num_warps)
+
+
+@dataclass(frozen=True)
+class HiddenLaunch:
+    """A tile of the scores' hidden layer: rows of x, all hidden units, columns of x at a time; ``vec`` as above."""
+
+    block_t: int
+    block_c: int
+    block_e: int
+    vec: int
+    num_warps: int
+
+    def options(self) -> dict[str, int | bool]:
+        return _options(self.num_warps)
+
+
+def hidden_launch(hidden: int, embed_dim: int, strides: tuple[int, ...], in_float32: bool) -> HiddenLaunch:
+    """For x of half types, ``strides`` but along embed_dim; ``in_float32``: it is multiplied as such.
+
+    Of all sizes tl.dot takes 16 at least.
+    """
+    block_c = max(16, launch._power_of_two(hidden))
+    block_e = max(16, min(launch._power_of_two(embed_dim), _HIDDEN_COLUMNS // (2 if in_float32 else 1)))
+    return HiddenLaunch(_HIDDEN_ROWS, block_c, block_e, gcd(8, embed_dim, *strides), 4 if block_c <= 32 else 8)
 
 
 def pool_launch(
@@ -74,6 +96,13 @@ def pool_launch(
     wanted = -(-PROGRAMS // max(1, num_bags * hop_blocks * column_blocks))
     num_chunks = max(1, min(wanted, -(-longest // (_TILES * block_t))))
     return PoolLaunch(block_e, block_h, block_t, vec, num_warps, num_chunks, hop_blocks, column_blocks)
+
+
+def _options(num_warps: int) -> dict[str, int | bool]:
+    chosen = dict(num_warps=num_warps, num_stages=1, enable_fp_fusion=True)
+    if launch.LIMIT_REGISTERS:
+        chosen["maxnreg"] = min(255, 65536 // (32 * num_warps))
+    return chosen
 
 
 def _elements(itemsize: int) -> int:

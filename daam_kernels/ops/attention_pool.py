@@ -2,8 +2,8 @@
 
 Its results are small beside x, and of the arithmetic's type, so that nothing is rounded between forward and backward.
 Triton's kernels take the softmax and the sums over rows; the hidden layer of additive and gated scores is a matrix
-product of torch's own, block by block, before them: torch's product is as fast as products are, and to read x once
-more costs less than to load the weights anew for every tile of rows.
+product before them, in a kernel or block by block by torch, since the layer's weights and a row's running sums do not
+fit a program together.
 """
 
 from __future__ import annotations

@@ -78,6 +78,7 @@ class PoolCase:
     shape: tuple[int, int, int]  # bags, rows, embed_dim
     hops: int = 1
     hidden: int | None = None
+    gated: bool = False  # with layers of x's type, else of float32
     options: bool = False
     aligned: bool = True
 
@@ -153,6 +154,8 @@ POOLS = {
     "pool, long rows": PoolCase((4, 20, 8192)),
     "pool, longer rows": PoolCase((4, 20, 20480), hops=2),
     "pool, odd rows": PoolCase((4, 200, 333), hops=3, aligned=False),
+    "pool, gated": PoolCase((4, 500, 512), hidden=128, gated=True),
+    "pool, additive": PoolCase((4, 500, 512), hidden=128),
     "pool, all options": PoolCase((4, 200, 512), hidden=16, options=True),
 }
 # A mixture in whole tiles, its Gaussians in no loop, so that instructions can be counted: compiled for one type each.
@@ -177,11 +180,15 @@ JOBS += [(name, "bf16", "sm_90") for name in ADDITIVE_MORE]
 JOBS += [("additive, odd and masked", "fp64", "sm_90")]  # a mask's type must not decide how float64 is multiplied
 JOBS += [("additive, all options", "fp32", "sm_90")]
 JOBS += [(name, "bf16", "sm_90") for name in POOLS if name != "pool"]
+JOBS += [
+    (f"pool, {score}", "bf16", target) for score in ("gated", "additive") for target in ("sm_80", "sm_100", "gfx942")
+]
 
 # additive_gradients adds two numbers per thread at a time.
 READERS = {
     "additive_gradients",
     "additive_output",
+    "pool_hidden_scores",
     "pool_products",
     "pool_sums",
     "split_statistics",
@@ -356,12 +363,14 @@ def compile_pool(case: PoolCase, dtype: torch.dtype, target: str) -> list[dict]:
     """The same of a case of attention pooling."""
     from triton.runtime.jit import JITFunction
 
-    from daam_kernels.kernels import attention_pool
+    from daam_kernels.kernels import additive_host, attention_pool, attention_pool_scores
     from daam_kernels.ops.attention_pool import Pooling
 
-    jitted = [f for f in vars(attention_pool).values() if isinstance(f, JITFunction)]
+    modules = attention_pool, attention_pool_scores
+    jitted = [f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)]
     for function in jitted:
         function.device_caches.clear()
+    additive_host.ON_NVIDIA = TARGETS[target][0] == "cuda"
     bags, rows, embed_dim = case.shape
     x, cu_seqlens, valid, keep, grad_weights = torch.empty(case.shape, dtype=dtype), None, None, None, None
     if case.options:
@@ -370,9 +379,12 @@ def compile_pool(case: PoolCase, dtype: torch.dtype, target: str) -> list[dict]:
         keep = torch.ones((case.hops, bags * rows), dtype=torch.bool)
         arithmetic = torch.promote_types(dtype, torch.float32)
         grad_weights = torch.empty(keep.shape, dtype=arithmetic)
-    key = None if case.hidden is None else torch.ones(case.hidden, embed_dim)
-    query = torch.ones(case.hops, case.hidden or embed_dim)
-    tensors = x, query, key, None, None, None, valid, None, cu_seqlens, keep
+    query, layers = torch.ones(case.hops, case.hidden or embed_dim), [None] * 4
+    if case.hidden is not None:
+        layers[0] = torch.ones(case.hidden, embed_dim)
+    if case.gated:
+        layers = [t.to(dtype) for t in (layers[0], query[0], layers[0], query[0])]
+    tensors = x, query, *layers, valid, None, cu_seqlens, keep
     pooling = Pooling(*tensors, 1.0, 0.1 if case.options else 0.0, rows if case.options else None)
     with RecordingDriver(TARGETS[target]) as driver:
         context, lse = attention_pool.pool_forward(pooling, None)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pooling import POOL_BACKENDS, check, evaluate, problem, truth
+from pooling import POOL_BACKENDS, assert_contract, check, evaluate, problem, truth
 from support import assert_close, assert_margins_intact, assert_same_bits, device_of, nan_padded
 
 import daam_kernels
@@ -10,7 +10,7 @@ import daam_kernels
 if "triton" not in POOL_BACKENDS:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from daam_kernels.kernels import attention_pool, attention_pool_launch
+from daam_kernels.kernels import attention_pool, attention_pool_launch, attention_pool_scores
 
 DEVICE = device_of("triton")
 LENGTHS = (1, 30, 0, 11)
@@ -45,6 +45,29 @@ def test_chunks_of_bags_and_blocks_of_hops(small_tiles, launched, score, kind):
     assert [name for name, _ in launched] == names
     (programs, blocks, _), (merged, _), (gradients, _) = (grid for _, grid in launched[:3])
     assert programs == 4 * 4 and blocks == 2 and merged == 4 * 7 and gradients == 4 * 7
+
+
+@pytest.mark.parametrize(
+    "score, kind, dtype, layers, hidden",
+    [
+        ("gated", "packed", torch.float16, torch.float32, 20),
+        ("additive", "dense", torch.bfloat16, torch.float32, 5),
+        ("gated", "full", torch.float16, torch.float16, 20),
+        ("gated", "packed", torch.float16, torch.float32, 130),  # too wide: by torch
+    ],
+    ids=str,
+)
+def test_hidden_layers(monkeypatch, score, kind, dtype, layers, hidden):
+    """Of tiles across bags, with more columns than a tile has; the layer of x's own type or another."""
+    written = []
+    original = attention_pool_scores.write_hidden_scores
+    monkeypatch.setattr(
+        attention_pool_scores, "write_hidden_scores", lambda *given: (written.append(1), original(*given))
+    )
+    p = problem(score, kind, dtype, DEVICE, lengths=(40, 0, 33), embed_dim=70, hidden=hidden)
+    p = p._replace(tensors=tuple(None if t is None else t.to(layers) for t in p.tensors))
+    assert_contract(evaluate(p, "triton")[:3], truth(p)[:3], dtype)
+    assert len(written) == (2 if hidden <= 128 else 0)
 
 
 def test_dropout_and_weights_in_chunks(small_tiles):

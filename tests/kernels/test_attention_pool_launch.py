@@ -37,6 +37,15 @@ def test_long_rows_are_cut_into_columns():
         assert (found.column_blocks, found.whole) == (blocks, blocks == 1)
 
 
+@given(hidden=st.integers(1, 128), embed_dim=st.integers(1, 10_000), in_float32=st.booleans())
+def test_tiles_of_hidden_layers(hidden, embed_dim, in_float32):
+    found = launches.hidden_launch(hidden, embed_dim, (embed_dim,), in_float32)
+    for size in (found.block_t, found.block_c, found.block_e):
+        assert size >= 16 and size & (size - 1) == 0  # what tl.dot takes
+    assert hidden <= found.block_c and found.block_t * found.block_c <= 32 * 32 * found.num_warps
+    assert found.vec <= 8 and embed_dim % found.vec == 0
+
+
 def test_few_long_bags_are_cut_and_many_are_not():
     sizes = (8192 * 512, 512)
     assert launches.pool_launch(1, 100_000, 1, 512, sizes, 2).num_chunks == 528
