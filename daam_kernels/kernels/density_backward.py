@@ -438,7 +438,7 @@ def density_backward(
     ``stats`` is what the forward pass saved, None where it saved nothing.
     """
     if options.density != "product":
-        return mixture_backward(grad, x, mean_offsets, c, log_shares, mask, options, cu_seqlens)
+        return mixture_backward(grad, x, mean_offsets, c, log_shares, mask, stats, options, cu_seqlens)
     mean_offsets, c = mean_offsets.contiguous(), c.contiguous()
     dx = torch.empty_like(x)
     gradients = torch.empty_like(mean_offsets), torch.empty_like(c)

@@ -32,6 +32,7 @@ from .density_math import (
     reciprocal_sqrt,
     rescale,
     save_statistics,
+    save_top,
     standardise,
     tile_statistics,
     value_at_peak,
@@ -64,7 +65,7 @@ def forward_resident(
     UNROLLED: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Reads x, writes y, the weights and 3 numbers per slice where asked for. One sweep."""
+    """Reads x, writes y, the weights and 3 or 4 numbers per slice where asked for. One sweep."""
     head, _block, start, n, o, i, inside = program_slices(
         cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
     )
@@ -97,6 +98,10 @@ def forward_resident(
                 UNROLLED, HALF, ACC,
             )  # fmt: skip
             log_peak = mixture_at_peak(top, EPS)
+            if stats_ptr is not None:
+                number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
+                save_statistics(stats_ptr, x0, mean, var, number, num_slices, inside)
+                save_top(stats_ptr, top, number, num_slices, inside)
         else:
             feature = parameter_number(head, i, inner, COLUMNS, VEC)
             weights = gate_density(
@@ -265,7 +270,7 @@ def split_output(
     UNROLLED: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Reads x, writes y, the weights and 3 numbers per slice where asked for."""
+    """Reads x, writes y, the weights and what numbers of each slice are asked for and not written yet."""
     head, _block, start, n, o, i, inside = program_slices(
         cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
     )
@@ -290,6 +295,9 @@ def split_output(
     elif MIXTURE:
         peak, total = merge_mixture(partials_ptr, number, slices, num_chunks, inside, BLOCK_C)
         log_peak = mixture_at_peak(peak, EPS)
+        if stats_ptr is not None:
+            if tl.program_id(1) == 0:
+                save_top(stats_ptr, peak, number, slices, inside)
     else:
         offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
         a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
@@ -349,7 +357,8 @@ def density_forward(
 ) -> None:
     """Fill y, and weights and stats where they are given; all of them as the operator allocates them.
 
-    log_shares [heads, K]: natural logarithms of the shares of a mixture or a gate. Only the product has stats.
+    log_shares [heads, K]: natural logarithms of the shares of a mixture or a gate.
+    stats: [3, slices] of the product, [4, slices] of the mixture, whose last row is log2 of a peak; others have none.
     cu_seqlens [sequences + 1]: where the sequences of a packed x [total, features] begin, and the last one ends.
     """
     if x.numel() == 0:
@@ -370,7 +379,8 @@ def density_forward(
             run(split_statistics, launch, dict(pointers, partials_ptr=moments))
             pointers.update(moments_ptr=moments, merged_ptr=None, partials_ptr=partials)
             if options.normalised:
-                pointers["merged_ptr"] = fields.new_empty((3, launch.num_slices))
+                of_mixture = stats is not None and options.density == "mixture"
+                pointers["merged_ptr"] = stats if of_mixture else fields.new_empty((3, launch.num_slices))
                 run(split_normaliser, launch, pointers)
             run(split_output, launch, pointers)
     if out is not y:

@@ -7,9 +7,9 @@ standard deviations. As for the product (see density_backward.py) x is seen from
 does not cancel where g is nearly constant and x has an offset.
 
 ``mixture_backward_resident`` reads x and the incoming gradient once and writes dx once, for slices that fit one block.
-Longer ones are swept four times: the forward's ``split_statistics`` and ``split_normaliser`` read x, then
-``mixture_split_sums`` and ``mixture_split_gradient`` read both. Every tile writes three sums per Gaussian for the
-parameter gradients, which ``mixture_parameter_gradients`` adds in a fixed order: the same bits from run to run.
+Longer ones, of which the forward pass saved four numbers each, are swept twice, by ``mixture_split_sums`` and
+``mixture_split_gradient``. Every tile writes three sums per Gaussian for the parameter gradients, which
+``mixture_parameter_gradients`` adds in a fixed order: the same bits from run to run.
 
 The gate and the per-feature Gaussian, which are not normalised, take the same way with less on it: S = 1 and h = q.
 Split slices are swept three times, by ``split_statistics``, ``mixture_split_slopes`` and ``mixture_split_gradient``.
@@ -24,13 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..options import DensityOptions
-from .density_forward import split_normaliser, split_statistics
+from .density_forward import density_forward, split_statistics
 from .density_math import (
     FAR,
     counted_members,
     finish_weights,
     input_gradient,
     load_statistics,
+    load_top,
     merge_counts,
     merge_statistics,
     normaliser,
@@ -48,7 +49,6 @@ from .mixture_math import (
     gate_gradient,
     gaussian_part,
     gradient_seen_from,
-    merge_mixture,
     mixture_at_peak,
     mixture_density,
     mixture_over_peak,
@@ -153,13 +153,13 @@ def mixture_backward_resident(
 
 @triton.jit(do_not_specialize=SIZES)
 def mixture_split_sums(
-    x_ptr, g_ptr, mask_ptr, cu_seqlens_ptr, merged_ptr, tops_ptr, sums_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
+    x_ptr, g_ptr, mask_ptr, cu_seqlens_ptr, merged_ptr, sums_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, tiles,
     x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     EPS: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g; writes what ``merge_mixture_sums`` needs of each run: 8 numbers, [8, chunks, slices]."""
     head, _block, start, n, o, i, inside = program_slices(
@@ -173,7 +173,7 @@ def mixture_split_sums(
     slices = num_slices.to(tl.int64)
     x0, mean, var = load_statistics(merged_ptr, number, slices, inside)
     rstd = reciprocal_sqrt(var)
-    top, _total = merge_mixture(tops_ptr, number, slices, num_chunks, inside, BLOCK_C)
+    top = load_top(merged_ptr, number, slices, inside)
 
     count = tl.zeros([BLOCK_S], ACC)
     seen = tl.zeros([BLOCK_S], ACC)
@@ -346,7 +346,7 @@ def merge_slopes(sums_ptr, number, num_slices, num_chunks, inside, BLOCK_C: tl.c
 
 @triton.jit(do_not_specialize=SIZES)
 def mixture_split_gradient(
-    x_ptr, g_ptr, dx_ptr, mask_ptr, cu_seqlens_ptr, moments_ptr, merged_ptr, tops_ptr, sums_ptr, partials_ptr,
+    x_ptr, g_ptr, dx_ptr, mask_ptr, cu_seqlens_ptr, moments_ptr, merged_ptr, sums_ptr, partials_ptr,
     mean_offsets_ptr, c_ptr, log_shares_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, num_partials, tiles,
     dx_stride_o, dx_stride_r, dx_stride_i, x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
@@ -371,7 +371,7 @@ def mixture_split_gradient(
     rstd = reciprocal_sqrt(var)
     feature = parameter_number(head, i, inner, COLUMNS, VEC)
     if NORMALISED:
-        top, _total = merge_mixture(tops_ptr, number, slices, num_chunks, inside, BLOCK_C)
+        top = load_top(merged_ptr, number, slices, inside)
         count, scale, clamped, g0, q_mean, sum_slopes, sum_e = merge_mixture_sums(
             sums_ptr, number, slices, num_chunks, inside, x0, top, CLAMP, EXCLUDE, EPS, BLOCK_C
         )
@@ -434,10 +434,11 @@ def mixture_backward(
     c: Tensor,
     log_shares: Tensor | None,
     mask: Tensor | None,
+    stats: Tensor | None,
     options: DensityOptions,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """(dx, dmean_offsets, dc), and dlog_shares where these are."""
+    """(dx, dmean_offsets, dc), and dlog_shares where these are. ``stats`` is what the forward pass saved, or None."""
     parameters = [t.contiguous() for t in (mean_offsets, c, log_shares) if t is not None]
     dx = torch.empty_like(x)
     gradients = tuple(torch.empty_like(p) for p in parameters)
@@ -451,7 +452,7 @@ def mixture_backward(
     partials = x.new_empty((heads, *sums_per_head, launch.values["num_partials"]), dtype=arithmetic_type(x))
     pointers = dict(
         x_ptr=x, g_ptr=g, dx_ptr=out, mask_ptr=mask, cu_seqlens_ptr=cu_seqlens, partials_ptr=partials,
-        log_shares_ptr=None, tops_ptr=None,
+        log_shares_ptr=None, moments_ptr=None,
     )  # fmt: skip
     pointers.update(zip(("mean_offsets_ptr", "c_ptr", "log_shares_ptr"), parameters))
     with device_of(x):
@@ -459,16 +460,18 @@ def mixture_backward(
         if not chunks:
             run(mixture_backward_resident, launch, pointers)
         else:
-            fields = partials.new_empty((14, chunks, launch.num_slices))
-            moments, tops, sums = fields.split((4, 2, 8))
-            pointers.update(
-                moments_ptr=moments, merged_ptr=partials.new_empty((3, launch.num_slices)), tops_ptr=tops, sums_ptr=sums
-            )
-            run(split_statistics, launch, dict(pointers, partials_ptr=moments))
             if options.normalised:
-                run(split_normaliser, launch, dict(pointers, partials_ptr=tops))
+                if stats is None:  # only where the operator is called by hand: the forward pass saves them
+                    stats = partials.new_empty((4, launch.num_slices))
+                    density_forward(x, *parameters[:2], mask, options, dx, None, stats, log_shares, cu_seqlens)
+                pointers.update(merged_ptr=stats, sums_ptr=partials.new_empty((8, chunks, launch.num_slices)))
                 run(mixture_split_sums, launch, pointers)
             else:
+                moments, sums = partials.new_empty((6, chunks, launch.num_slices)).split((4, 2))
+                pointers.update(
+                    moments_ptr=moments, merged_ptr=partials.new_empty((3, launch.num_slices)), sums_ptr=sums
+                )
+                run(split_statistics, launch, dict(pointers, partials_ptr=moments))
                 run(mixture_split_slopes, launch, pointers)
             run(mixture_split_gradient, launch, pointers)
         names = "d_mean_offsets_ptr", "d_c_ptr", "d_log_shares_ptr"

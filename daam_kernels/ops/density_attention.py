@@ -337,20 +337,22 @@ def _new_stats(
 ) -> Tensor:
     """What a forward saves for Triton's backward; empty where slices are short, or where nothing is saved.
 
-    That is for backends other than Triton, and for densities other than the product. The lengths of packed sequences
+    That is for backends other than Triton, and for densities that are not normalised. The lengths of packed sequences
     may not be known here, so short ones save it too.
 
     It depends on the arguments alone, not on what "auto" is on this machine: a graph may run on another one.
-    [3, slices] in the arithmetic type: x0, mean - x0 and the variance, in an order that Triton's backward knows.
+    [3, slices] in the arithmetic type: x0, mean - x0 and the variance, in an order that Triton's backward knows. A
+    mixture has a fourth: what its densities are over.
     """
-    saves = options.density == "product" and (backend == "triton" or (backend == "auto" and x.is_cuda))
+    numbers = 3 if options.density == "product" else 4
+    saves = options.normalised and (backend == "triton" or (backend == "auto" and x.is_cuda))
     if saves and cu_seqlens is not None:
-        shape = (3, (cu_seqlens.shape[0] - 1) * mean_offsets.shape[0] * x.shape[1])
+        shape = (numbers, (cu_seqlens.shape[0] - 1) * mean_offsets.shape[0] * x.shape[1])
     else:
         num_heads, length = mean_offsets.shape[0], x.shape[options.norm_axis]
         chunk = length // num_heads
         short = chunk < _MIN_SAVED and length - (num_heads - 1) * chunk < _ALWAYS_SAVED
-        shape = (3, x.numel() // length * num_heads) if saves and not short else (0,)
+        shape = (numbers, x.numel() // length * num_heads) if saves and not short else (0,)
     return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 

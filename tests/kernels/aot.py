@@ -308,9 +308,9 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
     log_shares = torch.zeros_like(parameters[0]) if case.density in ("mixture", "gate") else None
     chunk = case.shape[case.axis] // case.heads
     stats = None
-    if chunk >= 64 and case.density == "product":
+    if chunk >= 64 and case.density in ("product", "mixture"):
         arithmetic = torch.float64 if dtype == "fp64" else torch.float32
-        stats = torch.empty((3, num_slices), dtype=arithmetic)
+        stats = torch.empty((3 if case.density == "product" else 4, num_slices), dtype=arithmetic)
     with RecordingDriver(TARGETS[target]) as driver:
         if case.layers > 1:
             layers = [[t] * case.layers for t in parameters]

@@ -57,7 +57,7 @@ def test_kernels_compile_without_faults(compiled, name, dtype, target):
     mixture = "" if density == "product" else "mixture_"
     normalised = density in ("product", "mixture")
     statistics = ["split_statistics", "split_normaliser"] if normalised else ["split_statistics"]
-    sums = [*(statistics if mixture else []), mixture + ("split_sums" if normalised else "split_slopes")]
+    sums = [mixture + "split_sums"] if normalised else ["split_statistics", "mixture_split_slopes"]
     last = ("feature_" if density == "gaussian" else mixture) + "parameter_gradients"
     forward = ["forward_resident"], [*statistics, "split_output"]
     backward = [mixture + "backward_resident"], [*sums, mixture + "split_gradient"]

@@ -16,10 +16,7 @@ DEVICE = device_of("triton")
 FORWARD = ["split_statistics", "split_normaliser", "split_output"]
 BACKWARD = {
     "product": ["split_sums", "split_gradient", "parameter_gradients"],
-    "mixture": [
-        *("split_statistics", "split_normaliser", "mixture_split_sums", "mixture_split_gradient"),
-        "mixture_parameter_gradients",
-    ],
+    "mixture": ["mixture_split_sums", "mixture_split_gradient", "mixture_parameter_gradients"],
 }
 LENGTHS = {"rows": (12, 150, 5), "columns": (70, 5)}  # short ones have runs without an element
 
