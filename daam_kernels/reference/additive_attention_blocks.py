@@ -71,7 +71,7 @@ class _Head(NamedTuple):
     weight: Tensor  # [hidden]
     attn_mask: Tensor | None  # [batch, Tq, Tk]
     key_mask: Tensor | None  # [batch, Tk]
-    slices: Tensor  # [batch, 1], the numbers of batch and head for dropout
+    slices: range  # the numbers of batch and head, for dropout
     seed: Tensor | None
     is_causal: bool
     dropout_p: float
@@ -108,7 +108,8 @@ def additive_attention_forward(problem: AdditiveProblem) -> tuple[Tensor, Tensor
     for blocks in _blocks(problem):
         top, seen, mean = blocks[0], slice(0, blocks[-1].columns.stop), 0.0
         for number, head in enumerate(heads):
-            scores = torch.cat([_scores(head, block, _activations(head, block, buffer)) for block in blocks], -1)
+            parts = [_scores(head, block, _activations(head, block, buffer)) for block in blocks]
+            scores = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
             above = _finite(scores.amax(-1, keepdim=True))
             shares = scores.sub_(above).exp_()
             total = shares.sum(-1, keepdim=True)
@@ -192,7 +193,6 @@ def additive_attention_backward(
 
 def _heads(problem: AdditiveProblem) -> list[_Head]:
     batch, heads, queries, keys = problem.shape_of_scores
-    first = heads * torch.arange(batch, device=problem.query.device).unsqueeze(-1)
     mask = problem.attn_mask
     if mask is not None:
         mask = mask.expand(batch, heads, queries, keys)
@@ -200,7 +200,8 @@ def _heads(problem: AdditiveProblem) -> list[_Head]:
     return [
         _Head(
             query[:, head], key[:, head], value[:, head], weight[head], None if mask is None else mask[:, head],
-            problem.key_mask, first + head, problem.seed, problem.is_causal, problem.dropout_p, problem.scale,
+            problem.key_mask, range(head, head + batch * heads, heads), problem.seed, problem.is_causal,
+            problem.dropout_p, problem.scale,
         )
         for head in range(heads)
     ]  # fmt: skip
@@ -223,8 +224,9 @@ def _blocks(problem: AdditiveProblem) -> Iterator[list[_Block]]:
 
 
 def _buffer(problem: AdditiveProblem) -> Tensor:
-    size = max(_BLOCK, min(problem.key.shape[2], _MOST_KEYS) * problem.query.shape[3])
-    return problem.query.new_empty(size, dtype=problem.arithmetic)
+    batch, _, queries, keys = problem.shape_of_scores
+    of_query = min(keys, _MOST_KEYS) * problem.query.shape[3]
+    return problem.query.new_empty(min(max(_BLOCK, of_query), batch * queries * of_query), dtype=problem.arithmetic)
 
 
 def _activations(head: _Head, block: _Block, buffer: Tensor) -> Tensor:
@@ -264,7 +266,8 @@ def _kept(head: _Head, block: _Block) -> Tensor:
     """What dropout multiplies the weights with."""
     rows = torch.arange(block.rows.start, block.rows.stop, device=head.query.device)
     columns = range(block.columns.start, block.columns.stop)
-    keep = dropout_keep(head.seed, head.slices[block.batches], rows, columns, head.dropout_p)
+    slices = torch.tensor(head.slices[block.batches], device=head.query.device).unsqueeze(-1)
+    keep = dropout_keep(head.seed, slices, rows, columns, head.dropout_p)
     return keep.to(head.query.dtype) / (1 - head.dropout_p)
 
 

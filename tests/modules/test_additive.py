@@ -19,7 +19,8 @@ def test_the_two_lines_of_newcomers():
     assert_close(weights.sum(), torch.tensor(1.0), 1e-6)
     assert_close(context, weights @ value, 1e-6)
     again, nothing = attention(query, key, value, need_weights=False)
-    assert nothing is None and torch.equal(again, context)
+    assert nothing is None
+    assert_close(again, context, 1e-6)  # so few are computed by the formula, with weights in blocks
 
 
 def plain(module, query, key, value):
