@@ -8,6 +8,8 @@ export, fake tensors, dispatch modes, tensor subclasses) gets the registered one
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -73,6 +75,8 @@ def apply(
     backend = resolve(backend, x, options.density)  # once: the backward must know what this forward saved
     if call is not None and backend == "native":
         _remember(call, x, mean_offsets, c, options)
+    elif call is not None and backend == "triton" and _runs_compiled(x):
+        eager.remember(call, _launched(options))
     if needs_grad:
         return _DensityAttention.apply(*tensors, options, return_weights, backend)
     y, weights = _forward(*tensors, options, return_weights, None, backend)
@@ -95,6 +99,23 @@ def _remember(call: tuple, x: Tensor, mean_offsets: Tensor, c: Tensor, options: 
         return y
 
     eager.remember(call, run)
+
+
+def _runs_compiled(x: Tensor) -> bool:
+    """Whether Triton serves x with machine code; its interpreter serves a CPU only as long as a variable is set."""
+    return x.is_cuda
+
+
+def _launched(options: DensityOptions) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """How Triton serves a call with these options."""
+
+    def run(x, mean_offsets, c):
+        tensors = x, mean_offsets, c, None, None, None
+        if (x.requires_grad or c.requires_grad or mean_offsets.requires_grad) and torch.is_grad_enabled():
+            return _DensityAttention.apply(*tensors, options, False, "triton")
+        return _forward(*tensors, options, False, None, "triton")[0]
+
+    return run
 
 
 def _forward(

@@ -1,4 +1,4 @@
-"""Eager calls on plain CPU tensors, remembered once checked and resolved: the next goes straight to the kernel.
+"""Eager calls on plain tensors of a CPU or one GPU, remembered once checked and resolved: the next goes to the kernel.
 
 To check a call and to find its backend takes several times as long as a small kernel. All of it depends on the
 arguments' types, layouts and values, tensor contents apart, and on one environment variable: the signature of a call.
@@ -57,7 +57,7 @@ def signature(
         or type(mean_offsets) not in _PLAIN
         or type(c) not in _PLAIN
         or x.is_nested  # of the strided layout: has neither shape nor strides
-        or not (x.is_cpu and mean_offsets.is_cpu and c.is_cpu)
+        or not (x.is_cpu and mean_offsets.is_cpu and c.is_cpu or on_one_gpu(x, mean_offsets, c))
         or x.is_neg()
         or mean_offsets.is_neg()
         or c.is_neg()
@@ -68,12 +68,17 @@ def signature(
     ):
         return None
     return (
-        x.shape, x.stride(), x.dtype,
+        x.shape, x.stride(), x.dtype, x.get_device(),
         mean_offsets.shape, mean_offsets.stride(), mean_offsets.dtype,
         c.shape, c.stride(), c.dtype,
         norm_axis, padding_value, padding_stats, normalize, eps, not residual, backend, raw_variable(),
         type(norm_axis), type(padding_value), type(eps),  # True equals 1, and is refused
     )  # fmt: skip
+
+
+def on_one_gpu(x: Tensor, *others: Tensor) -> bool:
+    """Whether all are CUDA tensors of the same device."""
+    return x.is_cuda and all(t.is_cuda and t.get_device() == x.get_device() for t in others)
 
 
 def remembered(call: tuple | None) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:

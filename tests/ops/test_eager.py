@@ -231,3 +231,38 @@ def test_transforms_and_compilation_of_a_remembered_call():
         assert_same_bits(compiled(x[:rows]), density_attention(x[:rows], *parameters))
     assert counter.frame_count <= 2
     torch._dynamo.reset()
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+def test_calls_that_triton_serves_with_machine_code_are_remembered(calls, monkeypatch):
+    """The interpreter stands in for it where there is no GPU, whose own calls are not remembered."""
+    tensors, device = inputs(3, 16, device=device_of("triton")), device_of("triton")
+    grad = torch.ones_like(tensors[0])
+
+    def both():
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        y = density_attention(*leaves, backend="triton")
+        return y, *torch.autograd.grad(y, leaves, grad)
+
+    first = density_attention(*tensors, backend="triton"), *both()
+    assert len(calls) == (device == "cuda")
+    monkeypatch.setattr("daam_kernels.ops.density_attention._runs_compiled", lambda x: True)
+    density_attention(*tensors, backend="triton")
+    assert len(calls) == 1
+    monkeypatch.delattr("daam_kernels.functional._attend")
+    for again, before in zip((density_attention(*tensors, backend="triton"), *both()), first, strict=True):
+        assert_same_bits(again, before)
+    assert len(calls) == 1
+
+
+class OnDevice:
+    """What is asked of a tensor about where it is: None for a CPU, else the GPU's number."""
+
+    def __init__(self, gpu):
+        self.is_cuda, self.get_device = gpu is not None, lambda: -1 if gpu is None else gpu
+
+
+def test_tensors_on_one_gpu():
+    assert eager.on_one_gpu(*map(OnDevice, (1, 1, 1)))
+    for apart in ((1, 0, 1), (1, 1, 0), (None, 1, 1), (1, None, 1), (None, None, None)):
+        assert not eager.on_one_gpu(*map(OnDevice, apart))
