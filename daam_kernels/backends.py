@@ -69,11 +69,12 @@ def reference_form(device_type: str, intermediates: int) -> str:
     bags * rows * max(embed_dim, hidden, hops). The formula holds all of them, several times in training; blocks hold
     2 ** 18 at a time.
 
-    Evidence, on one thread of an AVX2 CPU, float32 and float64, forward and with the backward: at 2 ** 7 to 2 ** 18
-    intermediates the formula took 0.12 to 0.77 of the blocks' time of additive attention, 0.37 to 0.87 of pooling's;
-    at 2 ** 19 the two of additive attention took 0.8 to 1.8 times each other's, at 2 ** 20 blocks were the faster. Of
-    the densities none needs a rule: native took at most 0.7 of the time of plain PyTorch, from 2 elements to millions
-    and from 1 Gaussian to a million, and serves the product alone. On CUDA nothing has been measured: no rule.
+    Evidence, on one thread of an AVX2 CPU, float32 and float64, forward and with the backward: at 2 ** 7 to 2 ** 17
+    intermediates the formula took 0.2 to 0.8 of the blocks' time of additive attention, 0.37 to 0.9 of pooling's; at
+    2 ** 18 of additive attention's 0.12 to 0.71 with the backward, 0.18 to 1.3 without; at 2 ** 19 the two of it were
+    alike, at 2 ** 20 blocks were the faster. Of the densities none needs a rule: native took at most 0.7 of the time
+    of plain PyTorch, from 2 elements to millions and from 1 Gaussian to a million, and serves the product alone. On
+    CUDA nothing has been measured: no rule.
     """
     return "formula" if device_type == "cpu" and intermediates <= 1 << 18 else "blocks"
 
