@@ -9,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from daam_kernels.cache import cache_folder
+
 REQUIREMENT = "aeon==1.6.0"
 WHEEL = "aeon-1.6.0-py3-none-any.whl"
 SHA256 = "d05227086706f80111ac5fee8de4d5d3115bb3bcfd1c786c8629393055816409"
@@ -16,19 +18,6 @@ SHA256 = "d05227086706f80111ac5fee8de4d5d3115bb3bcfd1c786c8629393055816409"
 
 class DataError(Exception):
     """The data cannot be had or read; the message says what to do."""
-
-
-def cache_folder() -> Path:
-    """Where this user's caches belong on this system, with a folder of our own in it. Not created here."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        base = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path.home() / ".cache"
-    return base / "daam_kernels"
 
 
 def cached_wheel(folder: Path | None = None) -> Path:

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..cache import cache_folder
 from .launch import Choice, Problem, fault
 
 SWITCH, FOLDER = "DAAM_KERNELS_TUNED", "DAAM_KERNELS_CACHE"
@@ -78,17 +78,7 @@ def path_of(device: Device) -> Path:
 
 def folder() -> Path:
     """Where the files lie; it need not exist."""
-    if os.environ.get(FOLDER):
-        return Path(os.environ[FOLDER])
-    if os.environ.get("XDG_CACHE_HOME"):
-        base = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path.home() / ".cache"
-    return base / "daam_kernels"
+    return Path(os.environ[FOLDER]) if os.environ.get(FOLDER) else cache_folder()
 
 
 def read(path: Path, device: Device) -> TunedFile:

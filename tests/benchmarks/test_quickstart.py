@@ -168,24 +168,6 @@ def test_pip_is_this_python_and_its_errors_are_shown(tmp_path, monkeypatch):
     assert {"--no-deps", "aeon==1.6.0", str(tmp_path)} <= set(commands[0])
 
 
-@pytest.mark.parametrize(
-    "platform, variables, expected",
-    [
-        ("linux", {"XDG_CACHE_HOME": "/x"}, Path("/x")),
-        ("linux", {}, Path.home() / ".cache"),
-        ("darwin", {}, Path.home() / "Library" / "Caches"),
-        ("win32", {"LOCALAPPDATA": "/local"}, Path("/local")),
-    ],
-)
-def test_cache_folder(monkeypatch, platform, variables, expected):
-    monkeypatch.setattr(sys, "platform", platform)
-    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert download.cache_folder() == expected / "daam_kernels"
-
-
 def test_the_model_trains_alike_after_fuse(folder):
     pytest.importorskip("gaussian_adaptive_attention")
     import copy
