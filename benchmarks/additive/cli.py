@@ -22,7 +22,7 @@ SHAPES = {
     **{f"T{length}": (1, 1, length, length, 64, 64) for length in (128, 256, 512, 1024, 2048, 4096)},
     **{f"batch T{length}": (2, 8, length, length, 64, 64) for length in (512, 1024, 2048, 4096, 8192)},
 }
-_ON_CPU = ("decode", "decoder", "T512", "T1024", "T2048", "T4096")
+_ON_CPU = ("decode", "decoder", "T512", "T1024", "T2048", "T4096", "batch T4096")
 _ON_CUDA = ("decode", "decoder", *(name for name in SHAPES if name.startswith("batch")))
 _QUICK = ("T128", "T256", "T512")
 _RESULTS = Path("benchmarks") / "results"

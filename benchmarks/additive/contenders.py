@@ -13,6 +13,7 @@ Contender = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 OURS = "daam_kernels"
 INFERENCE_ONLY = frozenset({"flex_attention"})  # on a CPU it has no backward
+COMPILED = frozenset({"torch.compile", "flex_attention"})
 BUILDS_ACTIVATIONS = {"eager": 4.0, "torch.compile": 3.0}  # tensors of all activations that training holds, at most
 
 
