@@ -92,6 +92,9 @@ def forward_resident(
     if MIXTURE:
         d = shifted - mean[None, :]
         if NORMALISED:
+            if stats_ptr is not None:
+                number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
+                save_statistics(stats_ptr, x0, mean, var, number, num_slices, inside)
             asked = inside & (count > 0.0)
             weights, total, top = mixture_over_peak(
                 d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
@@ -99,8 +102,6 @@ def forward_resident(
             )  # fmt: skip
             log_peak = mixture_at_peak(top, EPS)
             if stats_ptr is not None:
-                number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
-                save_statistics(stats_ptr, x0, mean, var, number, num_slices, inside)
                 save_top(stats_ptr, top, number, num_slices, inside)
         else:
             feature = parameter_number(head, i, inner, COLUMNS, VEC)

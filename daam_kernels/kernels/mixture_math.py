@@ -84,6 +84,13 @@ def exp2_mixed(term):
     return tl.reshape(tl.join(half, tl.exp2(other)), term.shape)
 
 
+@triton.constexpr_function
+def mixes_exponentials():
+    """Whether the target is one for which ``exp2_mixed`` compiles without spills: not capability 10."""
+    target = tl.target_info.current_target()
+    return target is None or target.backend != "cuda" or target.arch < 100
+
+
 @triton.jit
 def mixture_density(
     d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
@@ -100,8 +107,7 @@ def mixture_density(
         )
         for k in tl.static_range(1, UNROLLED):
             term = mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
-            if k == 3 and HALF and d.shape[0] % 8 == 0 and not tl.target_info.cuda_capability_geq(10):
-                # The compiler for capability 10 spills here.
+            if k == 3 and HALF and d.shape[0] % 8 == 0 and mixes_exponentials():
                 densities += exp2_mixed(term)
             elif k == 7 and ACC == tl.float32:
                 densities += exp2_polynomial(term, 5)

@@ -105,9 +105,10 @@ def test_instructions_are_counted_on_the_shortest_path():
 
 
 def test_a_fault_is_seen():
-    fine = dict(name="forward_resident", spills=0, wide_loads=1, wide_stores=1, registers=40)
+    fine = dict(name="forward_resident", spills=0, wide_loads=1, wide_stores=1, registers=40, warpgroup_products=0)
     assert aot.faults("rows", "sm_90", fine) == []
     assert aot.faults("rows", "sm_90", {**fine, "spills": 3}) == ["3 spills"]
+    assert aot.faults("pool", "sm_90", {**fine, "warpgroup_products": 2}) == ["2 products by warpgroups"]
     assert aot.faults("rows", "sm_90", {**fine, "wide_loads": 0, "wide_stores": 0}) == [
         "no 16-byte loads", "no 16-byte stores"
     ]  # fmt: skip

@@ -60,17 +60,15 @@ def test_blocks_of_any_size_give_the_same(monkeypatch, kind, dropout_p):
     query, key, value, weight, grad, grad_weights = tensors
     mask = options.get("attn_mask")
     mask = None if mask is None else mask[(None,) * (4 - mask.dim())]
-    rest = mask, options.get("key_padding_mask"), seed
-    scalars = options.get("is_causal", False), dropout_p, 0.7
+    masked = mask, options.get("key_padding_mask"), seed, options.get("is_causal", False), dropout_p
+    arguments = blocks.AdditiveProblem(*tensors[:4], *masked, 0.7, False, True, False)
     for block, most_keys in ((1 << 17, 128), (40, 3), (1, 1), (100, 5)):
         monkeypatch.setattr(blocks, "_BLOCK", block)
         monkeypatch.setattr(blocks, "_MOST_KEYS", most_keys)
-        output, lse, weights = blocks.additive_attention_forward(*tensors[:4], *rest, *scalars, True)
+        output, lse, weights = blocks.additive_attention_forward(arguments)
         delta = (grad * output).sum(-1) + (grad_weights * weights).sum(-1)
         added = mask is not None and mask.dtype != torch.bool
-        gradients = blocks.additive_attention_backward(
-            grad, grad_weights, *tensors[:4], *rest, delta, lse, *scalars, added
-        )
+        gradients = blocks.additive_attention_backward(arguments, grad, grad_weights, delta, lse, added)
         for got, want in zip((output, weights, *gradients), expected):
             assert_close(got.reshape(want.shape), want, 1e-13)
 
