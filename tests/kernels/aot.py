@@ -83,8 +83,8 @@ class PoolCase:
     aligned: bool = True
 
 
-# Every kernel, along rows and in columns: compiled for bfloat16 on every target, for float32 on NVIDIA's, for float64 on
-# sm_90. Float16 differs by its conversions alone.
+# Every kernel, along rows and in columns: compiled for bfloat16 on every target, for float32 on NVIDIA's, for float64
+# on sm_90. Float16 differs by its conversions alone.
 CORE = {
     "rows": Case((64, 2048), 1, 8),
     "columns": Case((4, 2048, 512), 1, 8, gaussians=64),
@@ -159,8 +159,8 @@ POOLS = {
     "pool, additive": PoolCase((4, 500, 512), hidden=128),
     "pool, all options": PoolCase((4, 200, 512), hidden=16, options=True),
 }
-# A mixture in whole tiles, its Gaussians in no loop, and without a gradient, so that instructions can be counted: for one
-# type each.
+# A mixture in whole tiles, its Gaussians in no loop, and without a gradient, so that instructions can be counted: for
+# one type each.
 STRAIGHT = {
     "mixture of 4 Gaussians": Case((256, 8192), 1, 1, density="mixture"),
     "mixture of 8 Gaussians": Case((256, 8192), 1, 1, density="mixture", gaussians=8),
