@@ -16,9 +16,11 @@ PROGRAMS = 528  # that bags are cut for: four for each of an H200's 132 processo
 _ELEMENTS = 8192  # of a tile, of float32; a quarter of float64
 _MOST_ROWS, _MOST_HOPS, _MOST_WARPS = 64, 8, 8
 _OF_LONG_ROWS = 8  # share of a tile that a row of a block of columns takes
-# Of x in a tile of half types. With 64 rows Triton takes products of a warpgroup, and up to 3.7.1 reads out of bounds
-# where a kernel has several of them.
-_HIDDEN_ROWS, _HIDDEN_COLUMNS = 32, 64
+_HIDDEN_ROWS, _HIDDEN_COLUMNS = 64, 64  # of x in a tile of half types
+# With 64 rows Triton takes products of a warpgroup on NVIDIA's GPUs, and up to 3.7.1 reads out of bounds where a kernel
+# has several of them.
+_NVIDIA_ROWS, _NVIDIA_COLUMNS = 32, 32
+_FEW_UNITS = 32  # that leave registers for more columns
 _TILES = 4  # at least, that a chunk of a bag has
 
 
@@ -67,8 +69,11 @@ def hidden_launch(hidden: int, embed_dim: int, strides: tuple[int, ...], in_floa
     Of all sizes tl.dot takes 16 at least.
     """
     block_c = max(16, launch._power_of_two(hidden))
-    block_e = max(16, min(launch._power_of_two(embed_dim), _HIDDEN_COLUMNS // (2 if in_float32 else 1)))
-    return HiddenLaunch(_HIDDEN_ROWS, block_c, block_e, gcd(8, embed_dim, *strides), 4 if block_c <= 32 else 8)
+    rows, columns = _HIDDEN_ROWS, _HIDDEN_COLUMNS
+    if launch.LIMIT_REGISTERS:  # an NVIDIA GPU
+        rows, columns = _NVIDIA_ROWS, _HIDDEN_COLUMNS if block_c <= _FEW_UNITS else _NVIDIA_COLUMNS
+    block_e = max(16, min(launch._power_of_two(embed_dim), columns // (2 if in_float32 else 1)))
+    return HiddenLaunch(rows, block_c, block_e, gcd(8, embed_dim, *strides), 4 if block_c <= _FEW_UNITS else 8)
 
 
 def pool_launch(
