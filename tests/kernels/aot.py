@@ -83,8 +83,7 @@ class PoolCase:
     aligned: bool = True
 
 
-# Every kernel, along rows and in columns: compiled for bfloat16 on every target, for float32 on NVIDIA's, for float64
-# on sm_90. Float16 differs by its conversions alone.
+# Every kernel, along rows and in columns: compiled for float32 and bfloat16 on every target, for the others on sm_90.
 CORE = {
     "rows": Case((64, 2048), 1, 8),
     "columns": Case((4, 2048, 512), 1, 8, gaussians=64),
@@ -167,9 +166,8 @@ STRAIGHT = {
 }
 CASES = {**CORE, **MORE, **BLOCKS, **STRAIGHT, **ADDITIVE_CORE, **ADDITIVE_MORE, **POOLS}
 CORE_JOBS = [(name, "bf16", target) for name in CORE for target in TARGETS]
-CORE_JOBS += [(name, "fp32", target) for name in CORE for target in TARGETS if target != "gfx942"]
-CORE_JOBS += [(name, "fp64", "sm_90") for name in CORE]
-CORE_JOBS += [(name, "fp16", "sm_90") for name in ("rows", "columns", "mixture in rows")]
+CORE_JOBS += [(name, "fp32", target) for name in CORE for target in TARGETS]
+CORE_JOBS += [(name, dtype, "sm_90") for name in CORE for dtype in ("fp64", "fp16")]
 CORE_JOBS += [(name, "bf16", target) for name in ADDITIVE_CORE for target in TARGETS]
 CORE_JOBS += [(name, dtype, "sm_90") for name in ADDITIVE_CORE for dtype in ("fp32", "fp64")]
 CORE_JOBS += [("additive", "fp32", "gfx942")]
@@ -333,7 +331,7 @@ def compile_additive(case: AdditiveCase, dtype: torch.dtype, target: str) -> lis
     from triton.runtime.jit import JITFunction
 
     from daam_kernels.kernels import additive_backward, additive_forward, additive_host, additive_weights
-    from daam_kernels.reference.additive_attention_blocks import AdditiveProblem
+    from daam_kernels.options import AdditiveProblem
 
     modules = additive_forward, additive_backward, additive_weights
     jitted = [f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)]
