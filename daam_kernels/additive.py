@@ -8,7 +8,7 @@ from torch import Tensor
 from .checks import FLOATING_TYPES, check_choice, check_dropout, check_mask, check_scale, shape_of
 from .backends import BACKENDS
 from .ops import additive_attention as operator
-from .reference.additive_attention_blocks import AdditiveProblem
+from .options import AdditiveProblem
 
 _TRUE = "where a key must not be seen"  # of a boolean mask
 

@@ -1,10 +1,11 @@
-"""The scalar arguments of density attention, as they travel from the public function to a backend."""
+"""The arguments of density attention that are no tensors, and all of additive attention, on their way to a backend."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class DensityOptions(NamedTuple):
@@ -45,3 +46,47 @@ class DensityOptions(NamedTuple):
         named = self._asdict()
         del named["max_seqlen"]
         return named
+
+
+class AdditiveProblem(NamedTuple):
+    """The arguments of the operator, checked.
+
+    query: [batch, heads, Tq, hidden], key: [batch, heads, Tk, hidden], value: [batch, heads, Tk, value_dim], weight:
+    [heads, hidden]. ``attn_mask``, boolean or to be added, has 4 dimensions, each of the scores' size or 1;
+    ``key_mask`` is boolean [batch, Tk]; ``seed`` is int64 [1], for dropout alone.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    weight: Tensor
+    attn_mask: Tensor | None
+    key_mask: Tensor | None
+    seed: Tensor | None
+    is_causal: bool
+    dropout_p: float
+    scale: float
+    fast_tanh: bool
+    need_weights: bool
+    average_weights: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:7]
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+    @property
+    def shape_of_scores(self) -> tuple[int, int, int, int]:
+        return *self.query.shape[:3], self.key.shape[2]
+
+    def new_results(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(output, lse, weights or None), not filled: weights in query's type, the others in the arithmetic type."""
+        batch, heads, queries, keys = self.shape_of_scores
+        output = self.query.new_empty((batch, heads, queries, self.value.shape[3]), dtype=self.arithmetic)
+        lse = self.query.new_empty((batch, heads, queries), dtype=self.arithmetic)
+        if not self.need_weights:
+            return output, lse, None
+        return output, lse, self.query.new_empty((batch, 1 if self.average_weights else heads, queries, keys))

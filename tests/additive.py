@@ -6,7 +6,7 @@ import daam_kernels
 import torch
 from daam_kernels import reference
 from daam_kernels.ops import additive_attention as operator
-from daam_kernels.reference.additive_attention_blocks import AdditiveProblem
+from daam_kernels.options import AdditiveProblem
 from support import TOLERANCES, assert_close, generator
 
 NAMES = ("output", "weights", "dquery", "dkey", "dvalue", "dweight", "dattn_mask")

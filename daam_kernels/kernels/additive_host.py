@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.additive_attention_blocks import AdditiveProblem
+from ..options import AdditiveProblem
 from ..reference.dropout import dropout_threshold
 from .additive_launch import AdditiveTile, _power_of_two
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.additive_attention_blocks import AdditiveProblem
+from ..options import AdditiveProblem
 from .additive_host import SIZES, prepare
 from .additive_launch import backward_tile
 from .additive_math import dropped, finite, masked, split_program, unmasked_scores

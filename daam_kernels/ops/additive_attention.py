@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import resolve, takes_formula
 from ..reference import additive_attention_blocks as blocks
-from ..reference.additive_attention_blocks import AdditiveProblem
+from ..options import AdditiveProblem
 from . import eager
 from .registration import register
 

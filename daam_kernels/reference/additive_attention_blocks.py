@@ -7,59 +7,18 @@ the logarithm of each query's sum of exponentials from the forward, and works ou
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .dropout import dropout_keep
 
+if TYPE_CHECKING:
+    from ..options import AdditiveProblem
+
 _BLOCK = 1 << 18  # activations at a time: about what caches hold, and enough that sharing them among threads pays
 _MOST_KEYS = 128
-
-
-class AdditiveProblem(NamedTuple):
-    """The arguments of the operator, checked.
-
-    query: [batch, heads, Tq, hidden], key: [batch, heads, Tk, hidden], value: [batch, heads, Tk, value_dim], weight:
-    [heads, hidden]. ``attn_mask``, boolean or to be added, has 4 dimensions, each of the scores' size or 1;
-    ``key_mask`` is boolean [batch, Tk]; ``seed`` is int64 [1], for dropout alone.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    weight: Tensor
-    attn_mask: Tensor | None
-    key_mask: Tensor | None
-    seed: Tensor | None
-    is_causal: bool
-    dropout_p: float
-    scale: float
-    fast_tanh: bool
-    need_weights: bool
-    average_weights: bool
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:7]
-
-    @property
-    def arithmetic(self) -> torch.dtype:
-        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
-
-    @property
-    def shape_of_scores(self) -> tuple[int, int, int, int]:
-        return *self.query.shape[:3], self.key.shape[2]
-
-    def new_results(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(output, lse, weights or None), not filled: weights in query's type, the others in the arithmetic type."""
-        batch, heads, queries, keys = self.shape_of_scores
-        output = self.query.new_empty((batch, heads, queries, self.value.shape[3]), dtype=self.arithmetic)
-        lse = self.query.new_empty((batch, heads, queries), dtype=self.arithmetic)
-        if not self.need_weights:
-            return output, lse, None
-        return output, lse, self.query.new_empty((batch, 1 if self.average_weights else heads, queries, keys))
 
 
 class _Head(NamedTuple):

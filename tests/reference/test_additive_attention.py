@@ -5,6 +5,7 @@ import pytest
 import torch
 from additive import exact, masks, problem, results
 from daam_kernels import reference
+from daam_kernels.options import AdditiveProblem
 from daam_kernels.reference import additive_attention_blocks as blocks
 from daam_kernels.reference.dropout import dropout_keep
 from support import assert_close, extended
@@ -61,7 +62,7 @@ def test_blocks_of_any_size_give_the_same(monkeypatch, kind, dropout_p):
     mask = options.get("attn_mask")
     mask = None if mask is None else mask[(None,) * (4 - mask.dim())]
     masked = mask, options.get("key_padding_mask"), seed, options.get("is_causal", False), dropout_p
-    arguments = blocks.AdditiveProblem(*tensors[:4], *masked, 0.7, False, True, False)
+    arguments = AdditiveProblem(*tensors[:4], *masked, 0.7, False, True, False)
     for block, most_keys in ((1 << 17, 128), (40, 3), (1, 1), (100, 5)):
         monkeypatch.setattr(blocks, "_BLOCK", block)
         monkeypatch.setattr(blocks, "_MOST_KEYS", most_keys)
