@@ -1,12 +1,13 @@
 """Additive attention block by block, forward and backward: the tensor [batch, heads, Tq, Tk, hidden] is never there.
 
 Beside inputs and results it takes memory for one block and for a few numbers per query and key. The backward has only
-the logarithm of each query's sum of exponentials from the forward, and works out the scores anew.
+the logarithm of each query's sum of exponentials from the forward, and works out the scores anew. What is summed over
+the hidden units of a block is left to ``activations``, :class:`Activations` or what does the same elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,7 +19,44 @@ if TYPE_CHECKING:
     from ..options import AdditiveProblem
 
 _BLOCK = 1 << 18  # activations at a time: about what caches hold, and enough that sharing them among threads pays
-_MOST_KEYS = 128
+_MOST_SCORES = 1 << 20  # of all keys that a block of queries sees, as far as one query has no more
+
+
+class Activations:
+    """tanh(query_ic + key_jc) of a block, in a buffer, and its sums; tensors of a head in the arithmetic type."""
+
+    most_keys = 128  # of a block
+
+    def __init__(self, problem: AdditiveProblem):
+        (batch, _, queries, keys), hidden = problem.shape_of_scores, problem.query.shape[3]
+        self.most_pairs = max(1, _BLOCK // hidden)  # of a query and a key in a block
+        of_query = min(keys, self.most_keys) * hidden
+        size = min(max(_BLOCK, of_query), batch * queries * of_query)
+        self._buffer = problem.query.new_empty(size, dtype=problem.arithmetic)
+        self._last = self._buffer
+
+    def scores(self, query: Tensor, key: Tensor, weight: Tensor, scale: float) -> Tensor:
+        """[batches, rows, columns] of query [batches, rows, hidden] and key [batches, columns, hidden]."""
+        query, key = query.unsqueeze(2), key.unsqueeze(1)
+        shape = torch.broadcast_shapes(query.shape, key.shape)
+        self._last = torch.add(query, key, out=self._buffer[: shape.numel()].view(shape)).tanh_()
+        return torch.mv(self._last.view(-1, shape[-1]), weight).view(shape[:-1]).mul_(scale)
+
+    def add_gradients(
+        self, d_scores: Tensor, query: Tensor, key: Tensor, d_query: Tensor, d_key: Tensor, d_weight: Tensor
+    ) -> None:
+        """Add what d_scores, before their scale, of the last scores give; to query and key but for the factor weight.
+
+        Overwrites the activations.
+        """
+        activations = self._last
+        d_weight += torch.mv(activations.view(-1, activations.shape[-1]).T, d_scores.reshape(-1))
+        slopes = activations.mul_(activations).sub_(1.0).mul_(d_scores.unsqueeze(-1))  # of tanh, negative
+        d_query -= slopes.sum(2)
+        d_key -= slopes.sum(1)
+
+
+Maker = Callable[["AdditiveProblem"], Activations]
 
 
 class _Head(NamedTuple):
@@ -53,7 +91,9 @@ class _Block(NamedTuple):
         return self.batches, self.columns
 
 
-def additive_attention_forward(problem: AdditiveProblem) -> tuple[Tensor, Tensor, Tensor | None]:
+def additive_attention_forward(
+    problem: AdditiveProblem, make: Maker = Activations
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """(output, lse [batch, heads, Tq], weights or None).
 
     Weights are of query's type, [batch, heads, Tq, Tk], or their mean over the heads, [batch, 1, Tq, Tk]; the others
@@ -63,11 +103,11 @@ def additive_attention_forward(problem: AdditiveProblem) -> tuple[Tensor, Tensor
     if weights is not None:
         weights.zero_()  # what a causal query does not see is not visited
     heads = _heads(problem)
-    buffer = _buffer(problem)
-    for blocks in _blocks(problem):
+    activations = make(problem)
+    for blocks in _blocks(problem, activations):
         top, seen, mean = blocks[0], slice(0, blocks[-1].columns.stop), 0.0
         for number, head in enumerate(heads):
-            parts = [_scores(head, block, _activations(head, block, buffer)) for block in blocks]
+            parts = [_scores(head, block, activations) for block in blocks]
             scores = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
             above = _finite(scores.amax(-1, keepdim=True))
             shares = scores.sub_(above).exp_()
@@ -88,13 +128,15 @@ def additive_attention_forward(problem: AdditiveProblem) -> tuple[Tensor, Tensor
     return output, lse, weights
 
 
-def additive_weights_delta(problem: AdditiveProblem, lse: Tensor, grad_weights: Tensor) -> Tensor:
+def additive_weights_delta(
+    problem: AdditiveProblem, lse: Tensor, grad_weights: Tensor, make: Maker = Activations
+) -> Tensor:
     """Each query's sum of its weights times their gradients, [batch, heads, Tq]; of [batch, heads, Tq, Tk]."""
     delta = torch.zeros_like(lse)
-    buffer = _buffer(problem)
+    activations = make(problem)
     for number, head in enumerate(_heads(problem)):
-        for block in (block for blocks in _blocks(problem) for block in blocks):
-            shares = _shares(head, block, _activations(head, block, buffer), lse[:, number])
+        for block in (block for blocks in _blocks(problem, activations) for block in blocks):
+            shares = _shares(head, block, activations, lse[:, number])
             if problem.dropout_p:
                 shares *= _kept(head, block)
             shares *= grad_weights[:, number][(*block.of_queries, block.columns)]
@@ -109,6 +151,7 @@ def additive_attention_backward(
     delta: Tensor,
     lse: Tensor,
     mask_gradient: bool,
+    make: Maker = Activations,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """(dquery, dkey, dvalue, dweight, dattn_mask or None), all contiguous.
 
@@ -121,11 +164,10 @@ def additive_attention_backward(
     d_mask = None
     if mask_gradient:
         d_mask = torch.zeros(problem.attn_mask.shape, dtype=lse.dtype, device=lse.device)
-    buffer = _buffer(problem)
+    activations = make(problem)
     for number, head in enumerate(_heads(problem)):
         sums = [torch.zeros_like(t) for t in head[:4]]
-        for block in (block for blocks in _blocks(problem) for block in blocks):
-            activations = _activations(head, block, buffer)
+        for block in (block for blocks in _blocks(problem, activations) for block in blocks):
             shares = _shares(head, block, activations, lse[:, number])
             g = grad[:, number][block.of_queries]
             d_shares = g @ head.value[block.of_keys].mT
@@ -141,7 +183,8 @@ def additive_attention_backward(
             if d_mask is not None:
                 _add_reduced(d_mask, (block.batches, slice(number, number + 1), block.rows, block.columns), d_scores)
             d_scores *= problem.scale
-            _add_gradients(sums, block, activations, d_scores)
+            inputs, of_inputs = _inputs(head, block), (sums[0][block.of_queries], sums[1][block.of_keys])
+            activations.add_gradients(d_scores, *inputs, *of_inputs, sums[3])
         sums[0] *= head.weight
         sums[1] *= head.weight
         for result, total in zip((d_query, d_key, d_value), sums):
@@ -166,12 +209,12 @@ def _heads(problem: AdditiveProblem) -> list[_Head]:
     ]  # fmt: skip
 
 
-def _blocks(problem: AdditiveProblem) -> Iterator[list[_Block]]:
+def _blocks(problem: AdditiveProblem, activations: Activations) -> Iterator[list[_Block]]:
     """For one block of queries after another the blocks of the keys that they may see."""
-    (batch, _, queries, keys), hidden = problem.shape_of_scores, problem.query.shape[3]
-    columns = min(keys, _MOST_KEYS)
-    rows = max(1, min(queries, _BLOCK // (columns * hidden)))
-    batches = max(1, min(batch, _BLOCK // (columns * hidden * rows)))
+    batch, _, queries, keys = problem.shape_of_scores
+    columns = min(keys, activations.most_keys)
+    rows = max(1, min(queries, activations.most_pairs // columns, _MOST_SCORES // keys))
+    batches = max(1, min(batch, activations.most_pairs // (columns * rows), _MOST_SCORES // (keys * rows)))
     for b in range(0, batch, batches):
         for i in range(0, queries, rows):
             end = min(queries, i + rows)
@@ -182,23 +225,13 @@ def _blocks(problem: AdditiveProblem) -> Iterator[list[_Block]]:
             ]
 
 
-def _buffer(problem: AdditiveProblem) -> Tensor:
-    batch, _, queries, keys = problem.shape_of_scores
-    of_query = min(keys, _MOST_KEYS) * problem.query.shape[3]
-    return problem.query.new_empty(min(max(_BLOCK, of_query), batch * queries * of_query), dtype=problem.arithmetic)
+def _inputs(head: _Head, block: _Block) -> tuple[Tensor, Tensor]:
+    return head.query[block.of_queries], head.key[block.of_keys]
 
 
-def _activations(head: _Head, block: _Block, buffer: Tensor) -> Tensor:
-    """tanh(query_ic + key_jc) as [batches, rows, columns, hidden], in the buffer."""
-    query, key = head.query[block.of_queries].unsqueeze(2), head.key[block.of_keys].unsqueeze(1)
-    shape = torch.broadcast_shapes(query.shape, key.shape)
-    return torch.add(query, key, out=buffer[: shape.numel()].view(shape)).tanh_()
-
-
-def _scores(head: _Head, block: _Block, activations: Tensor) -> Tensor:
+def _scores(head: _Head, block: _Block, activations: Activations) -> Tensor:
     """[batches, rows, columns], -inf where a key is forbidden."""
-    *shape, hidden = activations.shape
-    scores = torch.mv(activations.view(-1, hidden), head.weight).view(shape).mul_(head.scale)
+    scores = activations.scores(*_inputs(head, block), head.weight, head.scale)
     if head.attn_mask is not None:
         mask = head.attn_mask[(*block.of_queries, block.columns)]
         scores = scores.masked_fill_(mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
@@ -210,7 +243,7 @@ def _scores(head: _Head, block: _Block, activations: Tensor) -> Tensor:
     return scores
 
 
-def _shares(head: _Head, block: _Block, activations: Tensor, lse: Tensor) -> Tensor:
+def _shares(head: _Head, block: _Block, activations: Activations, lse: Tensor) -> Tensor:
     """The weights before dropout, [batches, rows, columns], for lse [batch, Tq]."""
     row_lse = _finite(lse[block.of_queries]).unsqueeze(-1)
     return _scores(head, block, activations).sub_(row_lse).exp_()
@@ -237,14 +270,3 @@ def _add_reduced(total: Tensor, place: tuple[slice, ...], block: Tensor) -> None
     if expanded:
         block = block.sum(expanded, keepdim=True)
     total[tuple(slice(None) if axis in expanded else part for axis, part in enumerate(place))] += block
-
-
-def _add_gradients(sums: list[Tensor], block: _Block, activations: Tensor, d_scores: Tensor) -> None:
-    """Add a block's part to the gradients of query and key, both but for the factor weight, and of weight.
-
-    Overwrites the activations.
-    """
-    sums[3] += torch.mv(activations.view(-1, activations.shape[-1]).T, d_scores.reshape(-1))
-    slopes = activations.mul_(activations).sub_(1.0).mul_(d_scores.unsqueeze(-1))  # of tanh, negative
-    sums[0][block.of_queries] -= slopes.sum(2)
-    sums[1][block.of_keys] -= slopes.sum(1)

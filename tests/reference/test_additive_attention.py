@@ -65,7 +65,7 @@ def test_blocks_of_any_size_give_the_same(monkeypatch, kind, dropout_p):
     arguments = AdditiveProblem(*tensors[:4], *masked, 0.7, False, True, False)
     for block, most_keys in ((1 << 17, 128), (40, 3), (1, 1), (100, 5)):
         monkeypatch.setattr(blocks, "_BLOCK", block)
-        monkeypatch.setattr(blocks, "_MOST_KEYS", most_keys)
+        monkeypatch.setattr(blocks.Activations, "most_keys", most_keys)
         output, lse, weights = blocks.additive_attention_forward(arguments)
         delta = (grad * output).sum(-1) + (grad_weights * weights).sum(-1)
         added = mask is not None and mask.dtype != torch.bool
