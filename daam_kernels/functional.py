@@ -64,7 +64,7 @@ def density_attention(
         weights: [num_heads, num_gaussians], of the mixture alone, which needs them.
         weights_softmax: whether the softmax of ``weights`` over the Gaussians of a head is their shares; if not, they
             are the shares as they are, not negative, of any sum. A share of 0 is a Gaussian that is not there, and has
-            no gradient. The shares are worked out in float64 for float64 weights, else in float32.
+            no gradient. The shares are worked out in float64 for float64 weights or x, else in float32.
         norm_axis: the axis that statistics and weights are taken along; may be negative.
         padding_value: elements equal to it (rounded to x's type) are padding. None: no such value.
         mask: boolean, broadcastable to x, True where x is valid. With ``padding_value``, valid means both.
@@ -168,9 +168,9 @@ def _attend(x, mean_offsets, c, weights, weights_softmax, mask, cu_seqlens, opti
     if mask is not None:
         _check_mask(mask, x)
     check_choice("backend", backend, ("auto", *BACKENDS))
-    log_shares = None if weights is None else _log_shares(weights, weights_softmax)
+    log_shares = None if weights is None else _log_shares(_worked_with(weights, x), weights_softmax)
     if options.density == "gate":
-        c, log_shares = gate_widths(c.to(torch.promote_types(torch.promote_types(c.dtype, x.dtype), torch.float32)))
+        c, log_shares = gate_widths(_worked_with(c, x))
     arguments = options, return_weights, backend, call
     if cu_seqlens is None:
         return apply(x, mean_offsets, c, log_shares, mask, None, *arguments)
@@ -273,9 +273,13 @@ def _check_options(
     )
 
 
+def _worked_with(parameter: Tensor, x: Tensor) -> Tensor:
+    """A parameter in the arithmetic type, or in its own where that is more exact."""
+    return parameter.to(torch.promote_types(torch.promote_types(parameter.dtype, x.dtype), torch.float32))
+
+
 def _log_shares(weights: Tensor, softmax: bool) -> Tensor:
     """Logarithms of the shares of a mixture's Gaussians, -inf for one that is not there."""
-    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     if softmax:
         return weights.log_softmax(1).contiguous()
     absent = weights == 0  # log 0 has no gradient: the way back must not meet it

@@ -262,6 +262,17 @@ def test_parameters_of_other_types_and_layouts(backend):
         assert_close(g, e, tolerance)
 
 
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize("backend", MIXTURE_BACKENDS)
+def test_float64_loses_nothing_to_parameters_of_float32(backend, softmax):
+    x, mean_offsets, c, weights = inputs(backend, torch.float64, parameters_type=torch.float32)
+    weights, options = weights if softmax else weights.exp(), dict(norm_axis=1, weights_softmax=softmax)
+    got = evaluate(backend, x, mean_offsets, c, weights, torch.ones_like(x), **options)
+    expected = truth(x, mean_offsets, c, weights, torch.ones_like(x), **options)
+    for g, e, tolerance in zip(got, expected, (1e-12, 1e-12, 1e-7, 1e-7, 1e-7), strict=True):
+        assert_close(g, e, tolerance)
+
+
 def test_fake_tensors_with_cuda_metadata():
     with FakeTensorMode(), torch.no_grad():
         x = torch.empty(4, 256, 6, device="cuda", dtype=torch.bfloat16).transpose(0, 2)
