@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
-from daam_kernels import FusedDensityBlock, FusedMultiHeadDAAM, explain
+from daam_kernels import FusedDensityBlock, FusedDensityGate, FusedMultiHeadDAAM, explain
 from daam_kernels.modules.gaam import FusedMultiHeadGAAM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -713,6 +713,21 @@ def test_first_generation_modules_are_known_by_their_weights():
     public = module_with([-1.0, 0.5], [0.5, 1.0], weights=torch.tensor([0.0, 1.0]))
     curves = [drawn(explain.plot_density(module).axes[0])[1] for module in (stated, public)]
     assert torch.equal(*curves)
+
+
+def test_the_gate_is_drawn_as_the_mean_of_normal_densities():
+    gate = FusedDensityGate(5, 3)
+    offsets, log_sigma = torch.tensor([-1.0, 0.0, 2.0]), torch.tensor([-2.0, 0.5, 1.0])
+    gate.gaa["mean_offsets"].data, gate.gaa["log_sigma"].data = offsets, log_sigma
+    figure = explain.plot_density(nn.Sequential(gate), rstd=0.5)
+    (panel,) = figure.axes
+    t, density, single = drawn(panel)
+    assert panel.get_title() == "head 1" and t.max() >= 4
+    widths = nn.functional.softplus(log_sigma.double()) + 1e-3
+    parts = [(-((t - 0.5 * mu) ** 2) / (2 * s**2)).exp() / (3 * s) for mu, s in zip(offsets.tolist(), widths)]
+    peak = sum(parts).max()
+    assert torch.allclose(single, torch.stack(parts) / peak, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(density, sum(parts) / peak, rtol=1e-9, atol=1e-12)
 
 
 def test_shares_of_a_mixture_may_be_one_for_all_heads():

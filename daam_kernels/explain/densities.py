@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.daam import _DensityAttention
+from ..reference.gate import gate_widths
 
 
 class Head(NamedTuple):
@@ -59,11 +60,13 @@ def parts_with_gaussians(module: nn.Module) -> list[tuple[str, nn.Module]]:
     parts = [
         (name, part)
         for name, part in module.named_modules()
-        if all(isinstance(getattr(part, parameter, None), Tensor) for parameter in ("mean_offsets", "c"))
+        if isinstance(getattr(part, "mean_offsets", None), Tensor)
+        and any(isinstance(getattr(part, parameter, None), Tensor) for parameter in ("c", "log_sigma"))
     ]
     if not parts:
         raise ValueError(
-            f"module must have mean_offsets and c, or contain modules that do, got {type(module).__name__}"
+            "module must have mean_offsets and c, or log_sigma as a gate has, or contain modules that do, "
+            f"got {type(module).__name__}"
         )
     return parts
 
@@ -72,6 +75,10 @@ def _gaussians(part: nn.Module) -> dict[str, Any]:
     """The Gaussians as density_attention takes them; of other classes by attribute, where weights make a mixture."""
     if isinstance(part, _DensityAttention):
         return part._gaussians()
+    if isinstance(getattr(part, "log_sigma", None), Tensor):
+        widths, log_shares = gate_widths(torch.atleast_2d(part.log_sigma.detach().double()))
+        shares = dict(weights=log_shares.exp(), weights_softmax=False)
+        return dict(mean_offsets=part.mean_offsets, c=widths, density="mixture", **shares)
     names = ("mean_offsets", "c", "density", "weights", "weights_softmax")
     found = {name: getattr(part, name) for name in names if hasattr(part, name)}
     return {"density": "mixture" if "weights" in found else "product"} | found
@@ -87,7 +94,7 @@ def heads_of(name: str, part: nn.Module, rstd: float) -> list[Head]:
     if offsets.shape != c.shape or c.dim() != 2 or c.shape[1] != getattr(part, "num_gaussians", c.shape[1]):
         raise ValueError(
             f"mean_offsets and c of {name or 'module'!r} must have shape [num_heads, num_gaussians], "
-            f"got {list(part.mean_offsets.shape)} and {list(part.c.shape)}"
+            f"got {list(gaussians['mean_offsets'].shape)} and {list(gaussians['c'].shape)}"
         )
     shares = [None] * len(c)
     if density == "mixture":

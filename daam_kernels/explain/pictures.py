@@ -112,13 +112,15 @@ def plot_density(
     """The learned density of every head, its peak scaled to 1, and behind it the Gaussians it is made of.
 
     The density is the product of the Gaussians, or, for a mixture such as ``FusedMultiHeadGAAM``, their weighted sum;
-    source: arXiv 2401.11143, Algorithm 2, and the first generation of its code. Weights are normalised over a slice, so
-    the height of a density has no meaning of its own. The band marks one standard deviation to either side of the mean.
+    source: arXiv 2401.11143, Algorithm 2, and the first generation of its code. Of a gate, arXiv 2512.07168, it is the
+    mean of their normal densities. The first two are normalised over a slice, so their height has no meaning of its
+    own. The band marks one standard deviation to either side of the mean.
 
     Args:
-        module: one of the package's with a product or a mixture; or one with parameters ``mean_offsets`` and ``c``
-            [num_heads, num_gaussians] and, for a mixture, ``weights`` of that shape (softmax gives the shares, unless
-            its ``weights_softmax`` is False); or one that contains such modules, as a block does.
+        module: one of the package's with a product, a mixture or a gate; or one with parameters ``mean_offsets`` and
+            ``c`` [num_heads, num_gaussians] and, for a mixture, ``weights`` of that shape (softmax gives the shares,
+            unless its ``weights_softmax`` is False), or with ``mean_offsets`` and ``log_sigma`` [num_gaussians], a
+            gate's; or one that contains such modules, as a block does.
         path: a PNG or SVG file to write, by its suffix; it appears when it is complete. None: none.
         rstd: one over the standard deviation of the slices. Offsets are in units of x, the picture's axis is in
             standard deviations; 1 is right where x is standardised.
