@@ -5,9 +5,12 @@ rows so far, and the weighted sum; ``pool_merge`` joins the chunks of a bag in a
 ``pool_gradient`` reads x and writes dx and the scores' gradient, and ``pool_sums`` reads x again and sums it up,
 weighed with that, for the query's gradient. More than eight hops, or fewer where rows are long, are taken in blocks,
 each of which reads x, mostly from the cache. Rows too long for a program take ``pool_products`` first, which has their
-scores and their products with the gradient: x is read twice each way then. Scores of additive and gated pooling come
-from ``attention_pool_scores``, those of float32 and of wide hidden layers from torch's matrix products, block by block:
-both read x once more each way. The layers' gradients are torch's products, which read x and dx again.
+scores and their products with the gradient: x is read twice each way then.
+
+Of additive and gated pooling ``pool_hidden_sums`` reads x once in the forward pass, of every type, where all hops of a
+row fit a program and a row has no more than 256 hidden units. Else, and in the backward pass, the scores come first: of
+half types and up to 128 units from ``attention_pool_scores``, else from torch's matrix products, block by block; both
+read x once more. The layers' gradients are torch's products, which read x and dx again.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from torch import Tensor
 from ..reference import attention_pool_blocks as in_blocks
 from ..sequences import packing
 from . import attention_pool_scores
-from .attention_pool_launch import PoolLaunch, pool_launch
+from .attention_pool_hidden import pool_hidden_sums
+from .attention_pool_launch import HiddenPoolLaunch, PoolLaunch, hidden_pool_launch, pool_launch
+from .attention_pool_rows import add_rows, bag_chunk, is_valid, load_rows, no_rows, store_softmax, store_sums
 from .density_math import FAR, LN_2, LOG2_E
 from .host import device_of
 
@@ -31,41 +36,6 @@ if TYPE_CHECKING:
 
 _SIZES = ["length", "num_chunks", "hops", "vector_stride_b", "score_stride_b", "score_stride_h", "valid_stride_b"]
 _MERGED_CHUNKS, _MERGED_COLUMNS = 16, 128
-
-
-@triton.jit
-def bag_chunk(cu_seqlens_ptr, lengths_ptr, length, num_chunks, BLOCK_T: tl.constexpr):
-    """(bag, its first row among packed ones, first and end of the rows in it that are this program's)."""
-    number = tl.program_id(0)
-    bag = (number // num_chunks).to(tl.int64)
-    chunk = number % num_chunks
-    first = tl.zeros([], tl.int64)
-    rows = length.to(tl.int64)
-    if cu_seqlens_ptr is not None:
-        first = tl.load(cu_seqlens_ptr + bag).to(tl.int64)
-        rows = tl.load(cu_seqlens_ptr + bag + 1).to(tl.int64) - first
-    if lengths_ptr is not None:
-        rows = tl.minimum(tl.load(lengths_ptr + bag).to(tl.int64), rows)
-    share = tl.cdiv(tl.cdiv(rows, num_chunks), BLOCK_T) * BLOCK_T
-    begin = chunk * share
-    return bag, first, begin, tl.minimum(begin + share, rows)
-
-
-@triton.jit
-def load_rows(
-    x_ptr, bag, row, inside, e, x_stride_b, x_stride_t, E: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr
-):
-    """[BLOCK_T, BLOCK_E] of x, 0 where a row is not inside."""
-    at = bag * x_stride_b * VEC + row[:, None] * x_stride_t * VEC + e[None, :]
-    return tl.load(x_ptr + at, mask=inside[:, None] & (e < E)[None, :], other=0.0).to(ACC)
-
-
-@triton.jit
-def is_valid(valid_ptr, bag, row, inside, valid_stride_b):
-    """Which rows are inside and no padding."""
-    if valid_ptr is not None:
-        inside = inside & (tl.load(valid_ptr + bag * valid_stride_b + row, mask=inside, other=0) != 0)
-    return inside
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -116,9 +86,7 @@ def pool_sums(
     score_base = bag * score_stride_b + h.to(tl.int64) * score_stride_h
     if DOT:
         query = tl.load(query_ptr + h[:, None] * E + e[None, :], mask=of_hops, other=0.0)
-    top = tl.full([BLOCK_H, BLOCK_T], -FAR, ACC)
-    total = tl.zeros([BLOCK_H, BLOCK_T], ACC)
-    sums = tl.zeros([BLOCK_H, BLOCK_T, BLOCK_E], ACC)
+    top, total, sums = no_rows(BLOCK_H, BLOCK_T, BLOCK_E, ACC)
     for start in tl.range(begin, end, BLOCK_T, num_stages=2):
         there = start + t < end
         row = first + start + t
@@ -137,24 +105,11 @@ def pool_sums(
         else:
             if not DOT:
                 score = score * LOG2_E
-            before = top
-            top = tl.where(counts, tl.maximum(top, score), top)
-            fade = tl.exp2(before - top)
-            share = tl.where(counts, tl.exp2(score - top), 0.0)
-            total = total * fade + share
-            if keep_ptr is not None:
-                kept = tl.load(keep_ptr + score_at, mask=counts, other=0)
-                share = tl.where(kept != 0, share * KEEP_SCALE, 0.0)
-            sums = sums * fade[:, :, None] + share[:, :, None] * x[None, :, :]
-    of_chunk = tl.program_id(0).to(tl.int64) * hops + h
-    if not LINEAR:
-        highest = tl.max(top, axis=1)
-        fade = tl.exp2(top - highest[:, None])
-        sums = sums * fade[:, :, None]
-        if tl.program_id(2) == 0:
-            tl.store(tops_ptr + of_chunk, highest, mask=h < hops)
-            tl.store(totals_ptr + of_chunk, tl.sum(total * fade, axis=1), mask=h < hops)
-    tl.store(sums_ptr + of_chunk[:, None] * E + e[None, :], tl.sum(sums, axis=1), mask=of_hops)
+            top, total, sums = add_rows(top, total, sums, score, x, counts, keep_ptr, score_at, KEEP_SCALE)
+    if LINEAR:
+        store_sums(sums_ptr, sums, h, hops, e, E)
+    else:
+        store_softmax(sums_ptr, tops_ptr, totals_ptr, top, total, sums, h, hops, e, tl.program_id(2) == 0, E)
 
 
 @triton.jit(do_not_specialize=["num_chunks", "hops"])
@@ -250,15 +205,24 @@ def pool_gradient(
 def pool_forward(pooling: Pooling, scores: Tensor | None) -> tuple[Tensor, Tensor]:
     """(context, lse) as of ``attention_pool_blocks.forward``; fills scores, where they are given full of -inf."""
     x, arithmetic, hops = _rows_of(pooling.x), pooling.arithmetic, pooling.query.shape[0]
-    launch = _launch(pooling, x, hops)
-    scores = _known_scores(pooling, x, launch, scores)
+    hidden = _hidden_launch(pooling, x, hops)
+    launch = _launch(pooling, x, hops) if hidden is None else hidden.rows
+    if hidden is None:
+        scores = _known_scores(pooling, x, launch, scores)
     shape = pooling.num_bags, launch.num_chunks, hops
     sums = x.new_empty((*shape, x.shape[-1]), dtype=arithmetic)
     tops, totals = (x.new_empty(shape, dtype=arithmetic) for _ in range(2))
     context = x.new_empty((pooling.num_bags, hops, x.shape[-1]), dtype=arithmetic)
     lse = x.new_empty((pooling.num_bags, hops), dtype=arithmetic)
     with device_of(x):
-        _sum_up(pooling, x, launch, scores, sums, tops, totals, linear=False)
+        if hidden is None:
+            _sum_up(pooling, x, launch, scores, sums, tops, totals, linear=False)
+        else:
+            run(
+                pool_hidden_sums, (pooling.num_bags * launch.num_chunks,),
+                **_shared(pooling, x, launch) | _of_hidden(pooling, hidden), scores_ptr=scores, sums_ptr=sums,
+                tops_ptr=tops, totals_ptr=totals,
+            )  # fmt: skip
         columns = min(_MERGED_COLUMNS, launch.block_e)
         run(
             pool_merge, (pooling.num_bags * hops, triton.cdiv(x.shape[-1], columns)),
@@ -372,11 +336,36 @@ def _shared(pooling: Pooling, x: Tensor, launch: PoolLaunch) -> dict:
 
 
 def _launch(pooling: Pooling, x: Tensor, hops: int, dx: Tensor | None = None) -> PoolLaunch:
-    longest = x.shape[-2]
-    if pooling.cu_seqlens is not None:
-        longest = packing(pooling.cu_seqlens).longest if pooling.max_seqlen is None else pooling.max_seqlen
     strides = (*x.stride()[:-1], *(() if dx is None else dx.stride()[:-1]))
-    return pool_launch(pooling.num_bags, longest, hops, x.shape[-1], strides, x.dtype.itemsize, dx is not None)
+    return pool_launch(
+        pooling.num_bags, _longest(pooling, x), hops, x.shape[-1], strides, x.dtype.itemsize, dx is not None
+    )
+
+
+def _longest(pooling: Pooling, x: Tensor) -> int:
+    if pooling.cu_seqlens is None:
+        return x.shape[-2]
+    return packing(pooling.cu_seqlens).longest if pooling.max_seqlen is None else pooling.max_seqlen
+
+
+def _hidden_launch(pooling: Pooling, x: Tensor, hops: int) -> HiddenPoolLaunch | None:
+    if pooling.key_weight is None:
+        return None
+    multiplied = attention_pool_scores.type_of_products(pooling).itemsize
+    return hidden_pool_launch(
+        pooling.num_bags, _longest(pooling, x), hops, pooling.query.shape[1], x.shape[-1], x.stride()[:-1],
+        x.dtype.itemsize, multiplied,
+    )  # fmt: skip
+
+
+def _of_hidden(pooling: Pooling, launch: HiddenPoolLaunch) -> dict:
+    """What the sweeps with a hidden layer take beside ``_shared``."""
+    tile = launch.hidden
+    return attention_pool_scores.layers_of(pooling) | dict(
+        query_ptr=_scaled_query(pooling), PRECISION=attention_pool_scores.precision_of(pooling.x.dtype),
+        BLOCK_H=launch.rows.block_h, BLOCK_T=tile.block_t, BLOCK_C=tile.block_c, BLOCK_K=tile.block_k,
+        BLOCK_R=launch.rows.block_t,
+    )  # fmt: skip
 
 
 def _write_scores(pooling: Pooling, scores: Tensor) -> None:

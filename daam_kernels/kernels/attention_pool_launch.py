@@ -21,6 +21,8 @@ _HIDDEN_ROWS, _HIDDEN_COLUMNS = 64, 64  # of x in a tile of half types
 # has several of them.
 _NVIDIA_ROWS, _NVIDIA_COLUMNS = 32, 32
 _FEW_UNITS = 32  # that leave registers for more columns
+_MOST_UNITS = {2: 128, 4: 128, 8: 64}  # in a tile, by the bytes of what is multiplied
+_MOST_HIDDEN = 256  # beyond that a tile's products take longer than to read it
 _TILES = 4  # at least, that a chunk of a bag has
 
 
@@ -51,11 +53,11 @@ class PoolLaunch:
 
 @dataclass(frozen=True)
 class HiddenLaunch:
-    """A tile of the scores' hidden layer: rows of x, all hidden units, columns of x at a time; ``vec`` as above."""
+    """A tile of the hidden layer: rows of x, hidden units, and ``block_k`` columns of x at a time; ``vec`` as above."""
 
     block_t: int
     block_c: int
-    block_e: int
+    block_k: int
     vec: int
     num_warps: int
 
@@ -63,17 +65,45 @@ class HiddenLaunch:
         return _options(self.num_warps)
 
 
-def hidden_launch(hidden: int, embed_dim: int, strides: tuple[int, ...], in_float32: bool) -> HiddenLaunch:
-    """For x of half types, ``strides`` but along embed_dim; ``in_float32``: it is multiplied as such.
+@dataclass(frozen=True)
+class HiddenPoolLaunch:
+    """Scores and sums in one sweep: tiles of ``hidden``, summed up as many rows at a time as ``rows`` says."""
+
+    hidden: HiddenLaunch
+    rows: PoolLaunch
+
+
+def hidden_launch(hidden: int, embed_dim: int, strides: tuple[int, ...], itemsize: int) -> HiddenLaunch:
+    """``strides``: of x, but along embed_dim; ``itemsize``: of what is multiplied, in bytes.
 
     Of all sizes tl.dot takes 16 at least.
     """
-    block_c = max(16, launch._power_of_two(hidden))
+    block_c = min(_MOST_UNITS[itemsize], max(16, launch._power_of_two(hidden)))
     rows, columns = _HIDDEN_ROWS, _HIDDEN_COLUMNS
     if launch.LIMIT_REGISTERS:  # an NVIDIA GPU
         rows, columns = _NVIDIA_ROWS, _HIDDEN_COLUMNS if block_c <= _FEW_UNITS else _NVIDIA_COLUMNS
-    block_e = max(16, min(launch._power_of_two(embed_dim), columns // (2 if in_float32 else 1)))
-    return HiddenLaunch(rows, block_c, block_e, gcd(8, embed_dim, *strides), 4 if block_c <= _FEW_UNITS else 8)
+    block_k = max(16, min(launch._power_of_two(embed_dim), 2 * columns // itemsize))
+    return HiddenLaunch(rows, block_c, block_k, gcd(8, embed_dim, *strides), 4 if block_c <= _FEW_UNITS else 8)
+
+
+def hidden_pool_launch(
+    num_bags: int, longest: int, hops: int, hidden: int, embed_dim: int, strides: tuple[int, ...], itemsize: int,
+    multiplied: int,
+) -> HiddenPoolLaunch | None:  # fmt: skip
+    """For scores of a hidden layer; None where a sweep cannot have both.
+
+    That is where a row, or the sums of its hops, do not fit a program, and where products of so many units take longer
+    than reading x twice. ``itemsize``: of x; ``multiplied``: of what the layer is multiplied in.
+    """
+    tile = hidden_launch(hidden, embed_dim, strides, multiplied)
+    block_e, block_h = launch._power_of_two(embed_dim), launch._power_of_two(hops)
+    most_rows = _elements(itemsize) // (block_h * block_e)
+    if most_rows == 0 or hidden > _MOST_HIDDEN:
+        return None
+    num_chunks = max(1, min(-(-PROGRAMS // max(1, num_bags)), -(-longest // (_TILES * tile.block_t))))
+    vec = gcd(16 // itemsize, embed_dim, *strides)
+    block_t = min(tile.block_t, most_rows)
+    return HiddenPoolLaunch(tile, PoolLaunch(block_e, block_h, block_t, vec, tile.num_warps, num_chunks, 1))
 
 
 def pool_launch(

@@ -1,9 +1,8 @@
 """Attention pooling as an operator: ``torch.ops.daam_kernels.attention_pool`` and its backward.
 
 Its results are small beside x, and of the arithmetic's type, so that nothing is rounded between forward and backward.
-Triton's kernels take the softmax and the sums over rows; the hidden layer of additive and gated scores is a matrix
-product before them, in a kernel or block by block by torch, since the layer's weights and a row's running sums do not
-fit a program together.
+Triton's kernels take the softmax and the sums over rows, and the hidden layer of additive and gated scores with them
+where a program has room for both; else its products come before them, in a kernel or block by block by torch.
 """
 
 from __future__ import annotations

@@ -190,6 +190,7 @@ READERS = {
     "additive_gradients",
     "additive_output",
     "pool_hidden_scores",
+    "pool_hidden_sums",
     "pool_products",
     "pool_sums",
     "split_statistics",
@@ -362,10 +363,10 @@ def compile_pool(case: PoolCase, dtype: torch.dtype, target: str) -> list[dict]:
     """The same of a case of attention pooling."""
     from triton.runtime.jit import JITFunction
 
-    from daam_kernels.kernels import additive_host, attention_pool, attention_pool_scores
+    from daam_kernels.kernels import additive_host, attention_pool, attention_pool_hidden, attention_pool_scores
     from daam_kernels.ops.attention_pool import Pooling
 
-    modules = attention_pool, attention_pool_scores
+    modules = attention_pool, attention_pool_hidden, attention_pool_scores
     jitted = [f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)]
     for function in jitted:
         function.device_caches.clear()

@@ -10,7 +10,7 @@ import daam_kernels
 if "triton" not in POOL_BACKENDS:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from daam_kernels.kernels import attention_pool, attention_pool_launch, attention_pool_scores
+from daam_kernels.kernels import attention_pool, attention_pool_launch
 
 DEVICE = device_of("triton")
 LENGTHS = (1, 30, 0, 11)
@@ -37,37 +37,36 @@ def launched(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("score, kind", [("dot", "packed"), ("gated", "dense")])
-def test_chunks_of_bags_and_blocks_of_hops(small_tiles, launched, score, kind):
-    p = problem(score, kind, torch.float32, DEVICE, lengths=LENGTHS, hops=7)
+@pytest.mark.parametrize("score, kind, hops, chunks, blocks", [("dot", "packed", 7, 4, 2), ("gated", "dense", 9, 3, 3)])
+def test_chunks_of_bags_and_blocks_of_hops(small_tiles, launched, score, kind, hops, chunks, blocks):
+    p = problem(score, kind, torch.float32, DEVICE, lengths=LENGTHS, hops=hops)
     check(p, "triton")
     names = ["pool_sums", "pool_merge", "pool_gradient"] + ["pool_sums"] * (score == "dot")
     assert [name for name, _ in launched] == names
-    (programs, blocks, _), (merged, _), (gradients, _) = (grid for _, grid in launched[:3])
-    assert programs == 4 * 4 and blocks == 2 and merged == 4 * 7 and gradients == 4 * 7
+    assert [grid[:2] for _, grid in launched[:3]] == [(4 * chunks, blocks), (4 * hops, 1), (4 * 7, 1)]
 
 
 @pytest.mark.parametrize(
     "score, kind, dtype, layers, hidden",
     [
-        ("gated", "packed", torch.float16, torch.float32, 20),
+        ("gated", "packed", torch.float32, torch.float32, 20),
         ("additive", "dense", torch.bfloat16, torch.float32, 5),
         ("gated", "full", torch.float16, torch.float16, 20),
-        ("gated", "packed", torch.float16, torch.float32, 130),  # too wide: by torch
+        ("additive", "packed", torch.float64, torch.float32, 70),  # in two blocks of units
     ],
     ids=str,
 )
-def test_hidden_layers(monkeypatch, score, kind, dtype, layers, hidden):
-    """Of tiles across bags, with more columns than a tile has; the layer of x's own type or another."""
-    written = []
-    original = attention_pool_scores.write_hidden_scores
-    monkeypatch.setattr(
-        attention_pool_scores, "write_hidden_scores", lambda *given: (written.append(1), original(*given))
-    )
+@pytest.mark.parametrize("fits", [True, False])
+def test_hidden_layers(launched, monkeypatch, score, kind, dtype, layers, hidden, fits):
+    """Of several chunks, and of more columns than a product takes at a time; the layer of x's own type or another."""
+    monkeypatch.setattr(attention_pool_launch, "_TILES", 1)
+    monkeypatch.setattr(attention_pool_launch, "_ELEMENTS", 2048)
+    if not fits:
+        monkeypatch.setattr(attention_pool_launch, "_MOST_HIDDEN", 0)
     p = problem(score, kind, dtype, DEVICE, lengths=(40, 0, 33), embed_dim=70, hidden=hidden)
     p = p._replace(tensors=tuple(None if t is None else t.to(layers) for t in p.tensors))
     assert_contract(evaluate(p, "triton")[:3], truth(p)[:3], dtype)
-    assert len(written) == (2 if hidden <= 128 else 0)
+    assert launched[0] == (("pool_hidden_sums", (2 * len(p.grad),)) if fits else ("pool_sums", launched[0][1]))
 
 
 def test_dropout_and_weights_in_chunks(small_tiles):

@@ -37,13 +37,40 @@ def test_long_rows_are_cut_into_columns():
         assert (found.column_blocks, found.whole) == (blocks, blocks == 1)
 
 
-@given(hidden=st.integers(1, 128), embed_dim=st.integers(1, 10_000), in_float32=st.booleans())
-def test_tiles_of_hidden_layers(hidden, embed_dim, in_float32):
-    found = launches.hidden_launch(hidden, embed_dim, (embed_dim,), in_float32)
-    for size in (found.block_t, found.block_c, found.block_e):
+@given(
+    bags=st.integers(1, 100_000),
+    longest=st.integers(0, 10_000_000),
+    hops=st.integers(1, 40),
+    hidden=st.integers(1, 300),
+    embed_dim=st.integers(1, 10_000),
+    sizes=st.sampled_from([(2, 2), (2, 4), (4, 4), (8, 8)]),
+)
+def test_tiles_of_hidden_layers(bags, longest, hops, hidden, embed_dim, sizes):
+    tile = launches.hidden_launch(hidden, embed_dim, (embed_dim,), sizes[1])
+    for size in (tile.block_t, tile.block_c, tile.block_k):
         assert size >= 16 and size & (size - 1) == 0  # what tl.dot takes
-    assert hidden <= found.block_c and found.block_t * found.block_c <= 32 * 32 * found.num_warps
-    assert found.vec <= 8 and embed_dim % found.vec == 0
+    assert tile.block_t * tile.block_c <= 32 * 32 * tile.num_warps and tile.block_c >= min(hidden, 64)
+    found = launches.hidden_pool_launch(bags, longest, hops, hidden, embed_dim, (embed_dim,), *sizes)
+    if found is not None:
+        rows = found.rows
+        assert hidden <= 256 and rows.whole and rows.hop_blocks == 1 and rows.block_h >= hops
+        assert rows.block_e * rows.block_h * rows.block_t <= (8192 if sizes[0] < 8 else 2048)
+        assert found.hidden.block_t % rows.block_t == 0 and rows.num_warps == tile.num_warps
+        assert embed_dim % rows.vec == 0 and rows.vec * sizes[0] <= 16
+        assert (rows.num_chunks - 1) * bags < launches.PROGRAMS
+        assert (rows.num_chunks - 1) * tile.block_t * 4 < max(1, longest)
+
+
+def test_what_is_swept_with_its_hidden_layer():
+    def fits(hops, hidden, embed_dim, itemsize):
+        return (
+            launches.hidden_pool_launch(3, 500, hops, hidden, embed_dim, (embed_dim,), itemsize, itemsize) is not None
+        )
+
+    for itemsize, elements in ((2, 8192), (4, 8192), (8, 2048)):
+        assert fits(1, 256, elements, itemsize) and not fits(1, 256, elements + 1, itemsize)
+        assert fits(elements // 512, 128, 512, itemsize) and not fits(elements // 512 + 1, 128, 512, itemsize)
+        assert not fits(1, 257, 64, itemsize)
 
 
 def test_few_long_bags_are_cut_and_many_are_not():
