@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from additive import exact, masks, problem, results
+from additive import NAMES, exact, masks, problem, public, results
 from daam_kernels import reference
 from daam_kernels.options import AdditiveProblem
 from daam_kernels.reference import additive_attention_blocks as blocks
@@ -72,6 +72,20 @@ def test_blocks_of_any_size_give_the_same(monkeypatch, kind, dropout_p):
         gradients = blocks.additive_attention_backward(arguments, grad, grad_weights, delta, lse, added)
         for got, want in zip((output, weights, *gradients), expected):
             assert_close(got.reshape(want.shape), want, 1e-13)
+
+
+@pytest.mark.parametrize("size, queries", [(1.0, 5), (1.0, 1), (45.0, 5), (1e-4, 5), (1e-4, 1)])
+def test_tanh_of_every_size_in_blocks(size, queries):
+    """By exponentials of queries and keys, by a sigmoid (one query, large ones), and by tanh itself (small ones)."""
+    query, key, *rest = problem((2, 2, queries, 7), hidden=16, dtype=torch.float32)
+    query, key = query * size, key * size
+    if size > 1:
+        key[0, 0] = 10 - query[0, 0, 0]  # tanh is not saturated everywhere
+    tensors = query, key, *rest
+    found = zip(NAMES, results(public("reference"), *tensors), exact(*tensors))
+    for name, got, want in found:
+        if size >= 1 or name != "dquery":  # where tanh is linear a query makes no difference: that is rounding alone
+            assert_close(got, want, 2e-6, name)
 
 
 def test_a_query_without_keys_gives_zero_and_no_gradient():
