@@ -91,10 +91,10 @@ def forward_resident(
     rstd = reciprocal_sqrt(var)
     if MIXTURE:
         d = shifted - mean[None, :]
+        if stats_ptr is not None:
+            number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
+            save_statistics(stats_ptr, x0, mean, var, number, num_slices, inside)
         if NORMALISED:
-            if stats_ptr is not None:
-                number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
-                save_statistics(stats_ptr, x0, mean, var, number, num_slices, inside)
             asked = inside & (count > 0.0)
             weights, total, top = mixture_over_peak(
                 d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
@@ -293,6 +293,9 @@ def split_output(
         count = merge_counts(moments_ptr, number, slices, num_chunks, inside, BLOCK_C)
     if not NORMALISED:
         feature = parameter_number(head, i, inner, COLUMNS, VEC)
+        if stats_ptr is not None:
+            if tl.program_id(1) == 0:
+                save_statistics(stats_ptr, x0, mean, var, number, slices, inside)
     elif MIXTURE:
         peak, total = merge_mixture(partials_ptr, number, slices, num_chunks, inside, BLOCK_C)
         log_peak = mixture_at_peak(peak, EPS)
@@ -359,7 +362,7 @@ def density_forward(
     """Fill y, and weights and stats where they are given; all of them as the operator allocates them.
 
     log_shares [heads, K]: natural logarithms of the shares of a mixture or a gate.
-    stats: [3, slices] of the product, [4, slices] of the mixture, whose last row is log2 of a peak; others have none.
+    stats: [3, slices], or [4, slices] of the mixture, whose last row is log2 of a peak.
     cu_seqlens [sequences + 1]: where the sequences of a packed x [total, features] begin, and the last one ends.
     """
     if x.numel() == 0:

@@ -7,13 +7,13 @@ standard deviations. As for the product (see density_backward.py) x is seen from
 does not cancel where g is nearly constant and x has an offset.
 
 ``mixture_backward_resident`` reads x and the incoming gradient once and writes dx once, for slices that fit one block.
-Longer ones, of which the forward pass saved four numbers each, are swept twice, by ``mixture_split_sums`` and
+Longer ones, of which the forward pass saved their statistics and peak, are swept twice, by ``mixture_split_sums`` and
 ``mixture_split_gradient``. Every tile writes three sums per Gaussian for the parameter gradients, which
 ``mixture_parameter_gradients`` adds in a fixed order: the same bits from run to run.
 
-The gate and the per-feature Gaussian, which are not normalised, take the same way with less on it: S = 1 and h = q.
-Split slices are swept three times, by ``split_statistics``, ``mixture_split_slopes`` and ``mixture_split_gradient``.
-Parameters of each feature have two sums of each slice, which ``feature_parameter_gradients`` adds.
+The gate and the per-feature Gaussian, which are not normalised, take the same way with less on it: S = 1 and h = q,
+there is no peak, and ``mixture_split_slopes`` sweeps split slices in the place of ``mixture_split_sums``. Parameters of
+each feature have two sums of each slice, which ``feature_parameter_gradients`` adds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..options import DensityOptions
-from .density_forward import density_forward, split_statistics
+from .density_forward import density_forward
 from .density_math import (
     FAR,
     counted_members,
@@ -32,13 +32,10 @@ from .density_math import (
     input_gradient,
     load_statistics,
     load_top,
-    merge_counts,
-    merge_statistics,
     normaliser,
     partial_offsets,
     pick_first,
     reciprocal_sqrt,
-    save_statistics,
     through_variance_of,
     tile_statistics,
 )
@@ -153,7 +150,7 @@ def mixture_backward_resident(
 
 @triton.jit(do_not_specialize=SIZES)
 def mixture_split_sums(
-    x_ptr, g_ptr, mask_ptr, cu_seqlens_ptr, merged_ptr, sums_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
+    x_ptr, g_ptr, mask_ptr, cu_seqlens_ptr, stats_ptr, sums_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, tiles,
     x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
@@ -171,9 +168,9 @@ def mixture_split_sums(
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
-    x0, mean, var = load_statistics(merged_ptr, number, slices, inside)
+    x0, mean, var = load_statistics(stats_ptr, number, slices, inside)
     rstd = reciprocal_sqrt(var)
-    top = load_top(merged_ptr, number, slices, inside)
+    top = load_top(stats_ptr, number, slices, inside)
 
     count = tl.zeros([BLOCK_S], ACC)
     seen = tl.zeros([BLOCK_S], ACC)
@@ -280,17 +277,16 @@ def merge_mixture_sums(
 
 @triton.jit(do_not_specialize=SIZES)
 def mixture_split_slopes(
-    x_ptr, g_ptr, mask_ptr, cu_seqlens_ptr, moments_ptr, merged_ptr, sums_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
+    x_ptr, g_ptr, mask_ptr, cu_seqlens_ptr, stats_ptr, sums_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, num_partials, tiles,
     x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     EPS: tl.constexpr, PER_FEATURE: tl.constexpr, MULTIPLY: tl.constexpr, ACC: tl.constexpr,
-    COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Reads x and g; writes the merged statistics, and the sums of the slopes and of the slopes times e of each run,
-    [2, chunks, slices]: all that a density that is not normalised needs."""
+    """Reads x and g; writes how many elements of each run count, the sum of the slopes and that of the slopes times e,
+    [3, chunks, slices]: all that a density that is not normalised needs."""
     head, _block, start, n, o, i, inside = program_slices(
         cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
     )
@@ -301,11 +297,10 @@ def mixture_split_slopes(
     number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
     feature = parameter_number(head, i, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
-    x0, mean, var = merge_statistics(moments_ptr, number, slices, num_chunks, inside, EPS, False, PER_FEATURE, BLOCK_C)
+    x0, mean, var = load_statistics(stats_ptr, number, slices, inside)
     rstd = reciprocal_sqrt(var)
-    if tl.program_id(1) == 0:
-        save_statistics(merged_ptr, x0, mean, var, number, slices, inside)
 
+    count = tl.zeros([BLOCK_S], ACC)
     sum_slopes = tl.zeros([BLOCK_S], ACC)
     sum_e = tl.zeros([BLOCK_S], ACC)
     start_of_run = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
@@ -324,6 +319,7 @@ def mixture_split_slopes(
         if EXCLUDE:
             from_x0 = tl.where(valid, from_x0, 0.0)
         d = from_x0 - mean[None, :]
+        count += tl.sum(domain.to(ACC), axis=0)
         h = gate_gradient(g, g_valid, x, domain, MULTIPLY)
         _slope, first, second = slopes(
             d, rstd, h, domain, rstd, mean_offsets_ptr, c_ptr, log_shares_ptr, None,
@@ -332,21 +328,25 @@ def mixture_split_slopes(
         sum_slopes += first
         sum_e += second
     at = sums_ptr + number + tl.program_id(1) * slices
-    tl.store(at, sum_slopes, mask=inside)
-    tl.store(at + slices * num_chunks, sum_e, mask=inside)
+    field = slices * num_chunks
+    tl.store(at, count, mask=inside)
+    tl.store(at + field, sum_slopes, mask=inside)
+    tl.store(at + 2 * field, sum_e, mask=inside)
 
 
 @triton.jit
 def merge_slopes(sums_ptr, number, num_slices, num_chunks, inside, BLOCK_C: tl.constexpr):
-    """(sum of the slopes, sum of the slopes times e) of whole slices from those of their runs."""
+    """(elements counted, sum of the slopes, sum of the slopes times e) of whole slices from those of their runs."""
     at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
-    first = tl.sum(tl.load(sums_ptr + at, mask=there, other=0.0), axis=0)
-    return first, tl.sum(tl.load(sums_ptr + num_slices * num_chunks + at, mask=there, other=0.0), axis=0)
+    field = num_slices * num_chunks
+    count = tl.sum(tl.load(sums_ptr + at, mask=there, other=0.0), axis=0)
+    first = tl.sum(tl.load(sums_ptr + field + at, mask=there, other=0.0), axis=0)
+    return count, first, tl.sum(tl.load(sums_ptr + 2 * field + at, mask=there, other=0.0), axis=0)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def mixture_split_gradient(
-    x_ptr, g_ptr, dx_ptr, mask_ptr, cu_seqlens_ptr, moments_ptr, merged_ptr, sums_ptr, partials_ptr,
+    x_ptr, g_ptr, dx_ptr, mask_ptr, cu_seqlens_ptr, stats_ptr, sums_ptr, partials_ptr,
     mean_offsets_ptr, c_ptr, log_shares_ptr,
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, num_partials, tiles,
     dx_stride_o, dx_stride_r, dx_stride_i, x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
@@ -367,18 +367,17 @@ def mixture_split_gradient(
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
-    x0, mean, var = load_statistics(merged_ptr, number, slices, inside)
+    x0, mean, var = load_statistics(stats_ptr, number, slices, inside)
     rstd = reciprocal_sqrt(var)
     feature = parameter_number(head, i, inner, COLUMNS, VEC)
     if NORMALISED:
-        top = load_top(merged_ptr, number, slices, inside)
+        top = load_top(stats_ptr, number, slices, inside)
         count, scale, clamped, g0, q_mean, sum_slopes, sum_e = merge_mixture_sums(
             sums_ptr, number, slices, num_chunks, inside, x0, top, CLAMP, EXCLUDE, EPS, BLOCK_C
         )
     else:
         top = rstd  # of no use there
-        count = merge_counts(moments_ptr, number, slices, num_chunks, inside, BLOCK_C)
-        sum_slopes, sum_e = merge_slopes(sums_ptr, number, slices, num_chunks, inside, BLOCK_C)
+        count, sum_slopes, sum_e = merge_slopes(sums_ptr, number, slices, num_chunks, inside, BLOCK_C)
     members = counted_members(count, NORMALISED)
     mean_slope = sum_slopes / members
     through_var = through_variance_of(sum_e, rstd, var, members, NORMALISED, PER_FEATURE)
@@ -452,7 +451,7 @@ def mixture_backward(
     partials = x.new_empty((heads, *sums_per_head, launch.values["num_partials"]), dtype=arithmetic_type(x))
     pointers = dict(
         x_ptr=x, g_ptr=g, dx_ptr=out, mask_ptr=mask, cu_seqlens_ptr=cu_seqlens, partials_ptr=partials,
-        log_shares_ptr=None, moments_ptr=None,
+        log_shares_ptr=None,
     )  # fmt: skip
     pointers.update(zip(("mean_offsets_ptr", "c_ptr", "log_shares_ptr"), parameters))
     with device_of(x):
@@ -460,19 +459,12 @@ def mixture_backward(
         if not chunks:
             run(mixture_backward_resident, launch, pointers)
         else:
-            if options.normalised:
-                if stats is None:  # only where the operator is called by hand: the forward pass saves them
-                    stats = partials.new_empty((4, launch.num_slices))
-                    density_forward(x, *parameters[:2], mask, options, dx, None, stats, log_shares, cu_seqlens)
-                pointers.update(merged_ptr=stats, sums_ptr=partials.new_empty((8, chunks, launch.num_slices)))
-                run(mixture_split_sums, launch, pointers)
-            else:
-                moments, sums = partials.new_empty((6, chunks, launch.num_slices)).split((4, 2))
-                pointers.update(
-                    moments_ptr=moments, merged_ptr=partials.new_empty((3, launch.num_slices)), sums_ptr=sums
-                )
-                run(split_statistics, launch, dict(pointers, partials_ptr=moments))
-                run(mixture_split_slopes, launch, pointers)
+            if stats is None:  # only where the operator is called by hand: the forward pass saves them
+                stats = partials.new_empty((4 if options.normalised else 3, launch.num_slices))
+                density_forward(x, *parameters[:2], mask, options, dx, None, stats, log_shares, cu_seqlens)
+            fields = 8 if options.normalised else 3
+            pointers.update(stats_ptr=stats, sums_ptr=partials.new_empty((fields, chunks, launch.num_slices)))
+            run(mixture_split_sums if options.normalised else mixture_split_slopes, launch, pointers)
             run(mixture_split_gradient, launch, pointers)
         names = "d_mean_offsets_ptr", "d_c_ptr", "d_log_shares_ptr"
         pointers.update(zip(names, gradients))

@@ -22,6 +22,7 @@ from .registration import register
 
 _MIN_SAVED = 64  # shorter slices recompute their statistics: saving them would move as many bytes as x does
 _ALWAYS_SAVED = 1024  # a last head with that long a remainder may not fit one block, and then needs them
+_MOST_RESIDENT = 128  # slices so long fit one block whatever they are; only longer sums of Gaussians need what is saved
 
 _TENSORS = "Tensor x, Tensor mean_offsets, Tensor c, Tensor? log_shares, Tensor? mask"
 _OPTIONS = (
@@ -356,23 +357,26 @@ register(
 def _new_stats(
     x: Tensor, mean_offsets: Tensor, cu_seqlens: Tensor | None, options: DensityOptions, backend: str | None
 ) -> Tensor:
-    """What a forward saves for Triton's backward; empty where slices are short, or where nothing is saved.
+    """What a forward saves for Triton's backward; empty where slices are short, and for other backends.
 
-    That is for backends other than Triton, and for densities that are not normalised. The lengths of packed sequences
-    may not be known here, so short ones save it too.
+    The lengths of packed sequences may not be known here, so short ones save it too.
 
     It depends on the arguments alone, not on what "auto" is on this machine: a graph may run on another one.
     [3, slices] in the arithmetic type: x0, mean - x0 and the variance, in an order that Triton's backward knows. A
     mixture has a fourth: what its densities are over.
     """
-    numbers = 3 if options.density == "product" else 4
-    saves = options.normalised and (backend == "triton" or (backend == "auto" and x.is_cuda))
+    numbers = 4 if options.density == "mixture" else 3
+    saves = backend == "triton" or (backend == "auto" and x.is_cuda)
     if saves and cu_seqlens is not None:
         shape = (numbers, (cu_seqlens.shape[0] - 1) * mean_offsets.shape[0] * x.shape[1])
     else:
         num_heads, length = mean_offsets.shape[0], x.shape[options.norm_axis]
         chunk = length // num_heads
-        short = chunk < _MIN_SAVED and length - (num_heads - 1) * chunk < _ALWAYS_SAVED
+        longest = length - (num_heads - 1) * chunk
+        if options.density == "product":
+            short = chunk < _MIN_SAVED and longest < _ALWAYS_SAVED
+        else:
+            short = longest <= _MOST_RESIDENT
         shape = (numbers, x.numel() // length * num_heads) if saves and not short else (0,)
     return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 

@@ -282,6 +282,7 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
 
     from daam_kernels import options
     from daam_kernels.kernels import density_backward, density_block, density_forward, host, launch, mixture_backward
+    from daam_kernels.ops.density_attention import _new_stats
 
     modules = density_forward, density_backward, density_block, mixture_backward
     jitted = [f for m in modules for f in vars(m).values() if isinstance(f, JITFunction)]
@@ -300,17 +301,14 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
     mask = torch.ones(case.shape, dtype=torch.bool) if case.mask else None
     defaults = dict(padding_value=None, padding_stats="zero", normalize="clamp", eps=1e-8, residual=False)
     chosen = options.DensityOptions(case.axis, **{**defaults, **case.options}, density=case.density)
-    cu_seqlens, num_slices = None, x.numel() // case.shape[case.axis] * case.heads
+    cu_seqlens = None
     if case.sequences:
         count, max_seqlen = case.sequences
-        cu_seqlens, num_slices = torch.empty(count + 1, dtype=torch.int32), num_slices * count
+        cu_seqlens = torch.empty(count + 1, dtype=torch.int32)
         chosen = chosen._replace(max_seqlen=max_seqlen)
     log_shares = torch.zeros_like(parameters[0]) if case.density in ("mixture", "gate") else None
-    chunk = case.shape[case.axis] // case.heads
-    stats = None
-    if chunk >= 64 and case.density in ("product", "mixture") and name not in STRAIGHT:
-        arithmetic = torch.float64 if dtype == "fp64" else torch.float32
-        stats = torch.empty((3 if case.density == "product" else 4, num_slices), dtype=arithmetic)
+    stats = _new_stats(x, parameters[0], cu_seqlens, chosen, "triton")
+    stats = None if name in STRAIGHT or not stats.numel() else stats
     with RecordingDriver(TARGETS[target]) as driver:
         if case.layers > 1:
             layers = [[t] * case.layers for t in parameters]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from daam_kernels.kernels import launch
 from daam_kernels.kernels.launch import density_launch, density_tile, fits_block
+from daam_kernels.ops.density_attention import _MOST_RESIDENT
 from daam_kernels.slices import packed_view, slice_view
 
 FLAGS = {"PADDED": False, "MIXTURE": False, "NORMALISED": True, "PER_FEATURE": False}
@@ -139,6 +140,17 @@ def test_a_block_that_fits_is_not_split_whatever_the_strides(
             tile = density_tile(view, heads, itemsize, backward, padded, layers)
             assert tile.num_chunks == 0 and tile.block_r >= chunk
             assert tile.num_warps <= (8 if tile.columns or backward else 16)
+
+
+@pytest.mark.parametrize("unit", ["r", "i"])
+@pytest.mark.parametrize("itemsize, padded", list(product([2, 4, 8], [False, True])))
+def test_slices_of_which_a_sum_of_gaussians_saves_nothing_are_never_split(itemsize, padded, unit):
+    """The backward pass would have to go over x twice more."""
+    for inner, length in product((1, 8, 33, 4096), (_MOST_RESIDENT, _MOST_RESIDENT - 1)):
+        strides = (inner * length, 1, length) if unit == "r" else (inner * length, inner, 1)
+        view = slice_view((1 << 12, length, inner), 1, strides, strides, strides)
+        for backward in (False, True):
+            assert density_tile(view, 1, itemsize, backward, padded).num_chunks == 0
 
 
 @pytest.mark.parametrize("backward", [False, True])

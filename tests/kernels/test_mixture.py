@@ -15,7 +15,7 @@ from daam_kernels.kernels import density_backward, density_forward  # noqa: E402
 DEVICE = device_of("triton")
 FORWARD = ["split_statistics", "split_normaliser", "split_output"]
 BACKWARD = ["mixture_split_sums", "mixture_split_gradient"]
-LONG = {"rows": ((2, 331), 1), "columns": ((200, 20), 0), "thin columns": ((1, 331, 5), 1)}
+LONG = {"rows": ((2, 331), 1), "columns": ((270, 8), 0), "thin columns": ((1, 331, 5), 1)}
 
 
 def inputs(shape, heads, dtype, *, gaussian_count=3, seed=0, mean=0.0, deviation=1.0):

@@ -1,5 +1,7 @@
 """The kernels of the gate and the per-feature Gaussian: long slices, launches, determinism, columns of parameters."""
 
+import dataclasses
+
 import daam_kernels
 import pytest
 import torch
@@ -9,11 +11,13 @@ from unnormalised import DENSITIES, columns, evaluate, gaussians, truth
 if not daam_kernels.available_backends()["triton"]:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+from daam_kernels.kernels import launch  # noqa: E402
+
 DEVICE = device_of("triton")
 FORWARD = ["split_statistics", "split_output"]
-BACKWARD = ["split_statistics", "mixture_split_slopes", "mixture_split_gradient"]
+BACKWARD = ["mixture_split_slopes", "mixture_split_gradient"]
 LAST = {"gate": ["mixture_parameter_gradients"], "gaussian": ["feature_parameter_gradients"]}
-LONG = {"rows": ((1, 150), 1), "columns": ((35, 32), 0), "thin columns": ((2, 140, 3), 1)}
+LONG = {"rows": ((1, 150), 1), "columns": ((130, 8), 0), "thin columns": ((2, 140, 3), 1)}
 pytestmark = pytest.mark.parametrize("density", DENSITIES)
 
 
@@ -46,12 +50,26 @@ def test_split_slices(small_tiles, launched, layout, dtype, density):
 @pytest.mark.parametrize("multiply", [True, False])
 @pytest.mark.parametrize("padding_stats", ["zero", "exclude"])
 def test_split_slices_with_padding(small_tiles, padding_stats, multiply, density):
-    x, grad, parameters = inputs(density, (100, 3), 0, 1, torch.float32, mean=0.5)
-    mask = torch.rand(100, 3, generator=generator(7)).to(DEVICE) < 0.7
+    x, grad, parameters = inputs(density, (130, 3), 0, 1, torch.float32, mean=0.5)
+    mask = torch.rand(130, 3, generator=generator(7)).to(DEVICE) < 0.7
     mask[:, 0] = False  # a slice of padding alone
-    mask[:, 1] = torch.arange(100, device=DEVICE) == 40  # and one with a single valid element
+    mask[:, 1] = torch.arange(130, device=DEVICE) == 40  # and one with a single valid element
     options = dict(norm_axis=0, mask=mask, padding_stats=padding_stats, density=density, multiply=multiply)
     check(x, grad, parameters, **options)
+
+
+def test_the_backward_finds_what_no_forward_pass_saved(small_tiles, launched, density):
+    """Nothing is saved of slices so short that no tile but these would split them."""
+    x, grad, parameters = inputs(density, (1, 120), 1, 1, torch.float64)
+    check(x, grad, parameters, norm_axis=1, density=density)
+    assert launched == FORWARD + FORWARD + BACKWARD + LAST[density]
+
+
+def test_slices_that_one_block_holds_in_the_forward_pass_alone(small_tiles, monkeypatch, launched, density):
+    monkeypatch.setattr(launch, "BUDGET", dataclasses.replace(launch.BUDGET, forward_columns=4096))
+    x, grad, parameters = inputs(density, (130, 8), 0, 1, torch.float32, mean=3.0)
+    check(x, grad, parameters, norm_axis=0, residual=True, density=density)
+    assert launched == ["forward_resident", *BACKWARD, *LAST[density]]
 
 
 @pytest.mark.parametrize("mean, deviation", [(1e4, 0.1), (1.0, 1e-4)], ids=["offset", "at the floor"])

@@ -219,7 +219,7 @@ def test_opcheck_of_both_operators(backend, masked, dtype):
 
 @pytest.mark.parametrize("backend", MIXTURE_BACKENDS)
 def test_opcheck_of_long_slices_with_saved_statistics(backend):
-    x, mean_offsets, c, log_shares = leaves(inputs(backend, shape=(1, 200, 2)))
+    x, mean_offsets, c, log_shares = leaves(inputs(backend, shape=(1, 260, 2)))
     arguments = (x, mean_offsets, c, log_shares, None, *PLAIN, False, True, backend)
     stats = forward(*arguments)[2].detach()
     assert stats.shape == ((4, 4) if backend == "triton" else (0,))
@@ -275,7 +275,7 @@ def test_float64_loses_nothing_to_parameters_of_float32(backend, softmax):
 
 def test_fake_tensors_with_cuda_metadata():
     with FakeTensorMode(), torch.no_grad():
-        x = torch.empty(4, 256, 6, device="cuda", dtype=torch.bfloat16).transpose(0, 2)
+        x = torch.empty(4, 260, 6, device="cuda", dtype=torch.bfloat16).transpose(0, 2)
         parameters = [torch.empty(2, 3, device="cuda") for _ in range(2)]
         log_shares = torch.empty(2, 3, device="cuda", dtype=torch.float64)
         y = attention(x, *parameters, log_shares, norm_axis=1)

@@ -45,7 +45,7 @@ def test_opcheck(backend, density):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")  # torch.compile is below
     torch.library.opcheck(forward, (*tensors, None, *ours, True, True, backend, cu_seqlens, 15), test_utils=checks)
     stats = forward(*tensors, None, *ours, False, True, backend, cu_seqlens, None)[2].detach()
-    assert (stats.numel() > 0) == (backend == "triton" and density in ("product", "mixture"))
+    assert (stats.numel() > 0) == (backend == "triton")
     detached = [None if t is None else t.detach() for t in tensors]
     torch.library.opcheck(backward, (grad, *detached, None, stats, *ours, backend, cu_seqlens), test_utils=checks)
 
