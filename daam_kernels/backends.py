@@ -66,15 +66,13 @@ def reference_form(device_type: str, intermediates: int) -> str:
     """How plain PyTorch computes what "auto" leaves to it and what has two forms: by its "formula", or in "blocks".
 
     ``intermediates``: of additive attention batch * heads * Tq * Tk * hidden, of attention pooling of dense bags
-    bags * rows * max(embed_dim, hidden, hops). The formula holds all of them, several times in training; blocks hold
-    2 ** 18 at a time.
+    bags * rows * max(embed_dim, hidden, hops). The formula holds all of them, several times in training.
 
-    Evidence, on one thread of an AVX2 CPU, float32 and float64, forward and with the backward: at 2 ** 7 to 2 ** 17
-    intermediates the formula took 0.2 to 0.8 of the blocks' time of additive attention, 0.37 to 0.9 of pooling's; at
-    2 ** 18 of additive attention's 0.12 to 0.71 with the backward, 0.18 to 1.3 without; at 2 ** 19 the two of it were
-    alike, at 2 ** 20 blocks were the faster. Of the densities none needs a rule: native took at most 0.7 of the time
-    of plain PyTorch, from 2 elements to millions and from 1 Gaussian to a million, and serves the product alone. On
-    CUDA nothing has been measured: no rule.
+    Evidence, on one thread of an AVX2 CPU, float32, forward and with the backward: at 2 ** 8 to 2 ** 17 intermediates
+    the formula took 0.3 to 0.8 of the blocks' time of additive attention, at 2 ** 18 0.5 to 1.5, at 2 ** 21 4 to 12;
+    of pooling's 0.37 to 0.9 up to 2 ** 17, in float64 too. Of the densities none needs a rule: native took at most 0.7
+    of the time of plain PyTorch, from 2 elements to millions and from 1 Gaussian to a million, and serves the product
+    alone. On CUDA nothing has been measured: no rule.
     """
     return "formula" if device_type == "cpu" and intermediates <= 1 << 18 else "blocks"
 
@@ -83,6 +81,8 @@ def takes_formula(backend: str, x: Tensor, intermediates: int) -> bool:
     """Whether "auto", which nothing overrides, leaves x to plain PyTorch by :func:`reference_form`'s formula."""
     if backend != "auto" or reference_form(x.device.type, intermediates) != "formula":
         return False
+    if raw_variable() is None:
+        return True
     return os.environ.get(ENVIRONMENT_VARIABLE, "auto").strip().lower() in ("", "auto")
 
 

@@ -51,9 +51,11 @@ def apply(problem: AdditiveProblem, backend: str) -> tuple[Tensor, Tensor | None
         output, _, weights = torch.ops.daam_kernels.additive_attention.default(*problem, backend)
         return output, weights if problem.need_weights else None
     activations = math.prod(problem.shape_of_scores) * problem.query.shape[-1]
-    # With the weights a formula's graph would be of their size, and value would have no gradient of them, not zeros.
-    if not problem.need_weights and takes_formula(backend, problem.query, activations):
-        return _reference_forward(problem)
+    if takes_formula(backend, problem.query, activations):
+        output, weights = _reference_forward(problem)
+        if problem.need_weights and torch.is_grad_enabled() and problem.value.requires_grad:
+            weights = weights + problem.value[..., :0].sum()  # 0: value has zeros for a gradient, as from blocks
+        return output, weights
     backend = resolve(backend, problem.query, _NAME)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in problem.tensors):
         output, _, weights = _AdditiveAttention.apply(*problem, backend)

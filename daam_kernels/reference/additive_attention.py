@@ -44,15 +44,22 @@ def additive_attention(
     """
     dtype = query.dtype
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
-    query, key, value, weight = (t.to(arithmetic) for t in (query, key, value, weight))
+    query, key, value, weight = (
+        t if t.dtype == arithmetic else t.to(arithmetic) for t in (query, key, value, weight)
+    )  # fmt: skip
     activations = torch.tanh(query.unsqueeze(-2) + key.unsqueeze(-3))
-    scores = scale * torch.einsum("bhqkc,hc->bhqk", activations, weight)
+    scores = (activations * (scale * weight)[:, None, None]).sum(-1)  # in less time than a product of matrices
     batch, heads, queries, keys = scores.shape
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         scores = scores + attn_mask.to(arithmetic)
-    scores = scores.masked_fill(_forbidden(scores, attn_mask, key_padding_mask, is_causal), -torch.inf)
-    alive = scores.amax(-1, keepdim=True) != -torch.inf
-    weights = torch.softmax(torch.where(alive, scores, 0.0), -1) * alive
+    masked = attn_mask is not None or key_padding_mask is not None
+    if masked or is_causal:
+        scores = scores.masked_fill(_forbidden(scores, attn_mask, key_padding_mask, is_causal), -torch.inf)
+    if masked:
+        alive = scores.amax(-1, keepdim=True) != -torch.inf
+        weights = torch.softmax(torch.where(alive, scores, 0.0), -1) * alive
+    else:
+        weights = torch.softmax(scores, -1)
     if dropout_p:
         slices = torch.arange(batch * heads, device=query.device).view(batch, heads, 1)
         rows = torch.arange(queries, device=query.device)

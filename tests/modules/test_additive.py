@@ -20,7 +20,7 @@ def test_the_two_lines_of_newcomers():
     assert_close(context, weights @ value, 1e-6)
     again, nothing = attention(query, key, value, need_weights=False)
     assert nothing is None
-    assert_close(again, context, 1e-6)  # so few are computed by the formula, with weights in blocks
+    assert_close(again, context, 1e-6)
 
 
 def plain(module, query, key, value):
