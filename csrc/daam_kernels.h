@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Changes whenever a structure or a signature below does. */
-#define DAAM_ABI_VERSION 1
+#define DAAM_ABI_VERSION 2
 
 enum daam_type { DAAM_FLOAT32 = 0, DAAM_FLOAT64 = 1, DAAM_BFLOAT16 = 2, DAAM_FLOAT16 = 3 };
 
@@ -86,6 +86,26 @@ DAAM_API int daam_density_forward(
 DAAM_API int daam_density_backward(
     const daam_density* problem, const void* grad, const void* x, const void* mean_offsets, const void* c,
     const uint8_t* mask, void* dx, void* d_mean_offsets, void* d_c, daam_parallel_for parallel_for);
+
+/* A block of additive attention: the sums over hidden units, which are all that is long about it. Numbers are floats;
+ * strides are of batch and row, hidden units are contiguous. */
+typedef struct {
+  int64_t batch, queries, keys, hidden;
+  int64_t query[2], key[2];     /* strides of [batch, queries, hidden] and [batch, keys, hidden] */
+  int64_t d_query[2], d_key[2]; /* of their gradients */
+  double scale;
+} daam_additive;
+
+/* scores [batch, queries, keys], contiguous: scale * sum_c weight[c] tanh(query[b, i, c] + key[b, j, c]). */
+DAAM_API int daam_additive_scores(
+    const daam_additive* problem, const float* query, const float* key, const float* weight, float* scores,
+    daam_parallel_for parallel_for);
+
+/* Adds, with t the activations anew: sum_j d_scores (1 - t^2) to d_query, sum_i of it to d_key, and sum_bij d_scores t to
+ * d_weight [hidden]. d_scores is as scores, and holds scale already; the first two lack the factor weight. */
+DAAM_API int daam_additive_gradients(
+    const daam_additive* problem, const float* d_scores, const float* query, const float* key, float* d_query,
+    float* d_key, float* d_weight, daam_parallel_for parallel_for);
 
 /* The same on a CUDA device. Pointers are the device's; stream is a CUstream, and the current context must be its
  * own. Everything is asynchronous on the stream. image is the fat binary of csrc/cuda in memory, which must stay

@@ -14,6 +14,7 @@ from . import native
 
 BACKENDS = ("triton", "native", "cuda", "reference")
 ENVIRONMENT_VARIABLE = "DAAM_KERNELS_BACKEND"
+ADDITIVE_ATTENTION = "additive attention"  # in the place of a density
 
 _RAW_VARIABLE = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
@@ -104,7 +105,10 @@ def _preferred(x: Tensor) -> tuple[str, ...]:
 
 
 def _status(backend: str, x: Tensor, density: str) -> BackendStatus:
-    if backend in ("native", "cuda") and density != "product":
+    if density == ADDITIVE_ATTENTION and backend == "native":
+        if x.dtype == torch.float64:
+            return BackendStatus(False, f"of {density} it serves float32, bfloat16 and float16, got {x.dtype}")
+    elif backend in ("native", "cuda") and density != "product":
         return BackendStatus(False, f"it serves density='product' alone, got {density!r}")
     if backend == "triton":
         return _triton_status(x.is_cuda)

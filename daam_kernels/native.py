@@ -1,4 +1,4 @@
-"""The native library: where it is, why it is not there, and density attention through its C interface.
+"""The native library: where it is, why it is not there, and its C interface, of density attention in full.
 
 The interface is csrc/daam_kernels.h. Nothing is loaded before it is asked for. The environment is read then, once:
 ``DAAM_KERNELS_NO_NATIVE=1`` refuses to load, ``DAAM_KERNELS_LIBRARY`` names another file than the package's own,
@@ -27,7 +27,7 @@ CUDA_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _HERE = Path(__file__).resolve().parent
 _LIBRARY, _CUDA_IMAGE, _BUILD = _HERE / "_core.so", _HERE / "_cuda.fatbin", _HERE / "_build.json"
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _HAS_PADDING_VALUE, _HAS_MASK, _EXCLUDE, _SOFTMAX, _RESIDUAL, _HUGE_PAGES = (1 << bit for bit in range(6))
 _STATUS = {
@@ -72,6 +72,8 @@ class _Library(NamedTuple):
     cuda_backward: Callable[..., int]
     cuda_workspace: Callable[[int], int]
     cuda_load: Callable[[int], int]
+    additive_scores: Callable[..., int]
+    additive_gradients: Callable[..., int]
     instruction_set: Callable[[], bytes]
     instruction_sets: Callable[[], bytes]
     parallel_for: c_void_p  # torch's own threads; null on a torch without it, where all runs in the calling thread
@@ -281,6 +283,22 @@ def ragged_backward(
     return dx, sums[0].to(mean_offsets.dtype), sums[1].to(c.dtype)
 
 
+def additive_scores(problem: int, *pointers: int) -> None:
+    """daam_additive_scores, on torch's threads."""
+    library = _library()
+    code = library.additive_scores(problem, *pointers, library.parallel_for)
+    if code:
+        _fail(code)
+
+
+def additive_gradients(problem: int, *pointers: int) -> None:
+    """daam_additive_gradients, on torch's threads."""
+    library = _library()
+    code = library.additive_gradients(problem, *pointers, library.parallel_for)
+    if code:
+        _fail(code)
+
+
 def _new_gradients(mean_offsets: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return (
         torch.empty_like(mean_offsets, memory_format=torch.contiguous_format),
@@ -397,6 +415,8 @@ def _typed(core: ctypes.CDLL) -> _Library:
         function("daam_cuda_density_backward", 12),
         function("daam_cuda_workspace", 1, c_int64),
         function("daam_cuda_load", 1),
+        function("daam_additive_scores", 6),
+        function("daam_additive_gradients", 8),
         function("daam_instruction_set", 0, ctypes.c_char_p),
         function("daam_instruction_sets", 0, ctypes.c_char_p),
         _torch_parallel_for(),

@@ -2,9 +2,8 @@
 // added, is the same for any number of threads.
 #pragma once
 
-#include <stdlib.h>
-
 #include "density_tiles.h"
+#include "work.h"
 
 namespace {
 
@@ -24,19 +23,6 @@ constexpr int64_t kTaskNumbers = 4096;     // elements that are worth a task
 constexpr int64_t kMostTasks = 1024;
 constexpr int64_t kSerialNumbers = 32768;  // below that, threads cost more than they save
 constexpr int64_t kStreamedBytes = 16 << 20;  // results from that size on go past the caches
-
-DAAM_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-DAAM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-DAAM_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Memory that is given back; NULL where there is not so much.
-struct Memory {
-  void* at;
-  explicit Memory(size_t bytes) : at(aligned_alloc(64, (bytes + 127) / 64 * 64)) {}
-  ~Memory() { free(at); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-};
 
 template <class T>
 struct Job {

@@ -15,18 +15,6 @@ struct Select<false, A, B> {
   typedef B type;
 };
 
-// Splits [0, count) over the threads; body(i) for each.
-template <class Body>
-void run_parallel(daam_parallel_for parallel_for, int64_t count, Body& body) {
-  const auto work = [](int64_t begin, int64_t end, void* context) {
-    for (int64_t i = begin; i < end; i++) (*static_cast<Body*>(context))(i);
-  };
-  if (parallel_for && count > 1)
-    parallel_for(0, count, 1, work, &body);
-  else
-    work(0, count, &body);
-}
-
 // By the head of the first lane. Lanes are heads that follow each other in rows, and all of one head in columns.
 template <class T>
 void set_heads(const Job<T>& job, Heads<T>* heads) {

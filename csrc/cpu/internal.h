@@ -23,6 +23,21 @@ int density_generic(const daam_density&, const Tensors&, daam_parallel_for);
 int density_avx2(const daam_density&, const Tensors&, daam_parallel_for);
 int density_avx512(const daam_density&, const Tensors&, daam_parallel_for);
 
+// The same of additive attention; those of the other direction are NULL.
+struct AdditiveTensors {
+  const float *query, *key;
+  const float *weight;    // forward
+  const float *d_scores;  // backward
+  float* scores;
+  float *d_query, *d_key, *d_weight;
+};
+
+typedef int (*AdditiveKernel)(const daam_additive&, const AdditiveTensors&, daam_parallel_for);
+
+int additive_generic(const daam_additive&, const AdditiveTensors&, daam_parallel_for);
+int additive_avx2(const daam_additive&, const AdditiveTensors&, daam_parallel_for);
+int additive_avx512(const daam_additive&, const AdditiveTensors&, daam_parallel_for);
+
 // Memory of the calling thread that stays until the thread ends, aligned to 64 bytes; what was there before is lost.
 // NULL where there is not so much.
 void* thread_scratch(size_t bytes);

@@ -17,7 +17,8 @@ namespace {
 
 struct InstructionSet {
   const char* name;
-  Kernel kernel;
+  Kernel density;
+  AdditiveKernel additive;
 };
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -48,10 +49,10 @@ struct Choice {
 
   Choice() {
 #if defined(__x86_64__) || defined(_M_X64)
-    if (have_avx512()) sets[count++] = {"avx512", density_avx512};
-    if (have_avx2()) sets[count++] = {"avx2", density_avx2};
+    if (have_avx512()) sets[count++] = {"avx512", density_avx512, additive_avx512};
+    if (have_avx2()) sets[count++] = {"avx2", density_avx2, additive_avx2};
 #endif
-    sets[count++] = {kGeneric, density_generic};
+    sets[count++] = {kGeneric, density_generic, additive_generic};
     const char* const asked = getenv("DAAM_KERNELS_INSTRUCTION_SET");
     for (int i = 0; i < count; i++) {
       if (i) strcat(names, " ");
@@ -82,7 +83,13 @@ bool served(const daam_density& p) {
 int run(const daam_density* problem, Tensors tensors, daam_parallel_for parallel_for) {
   if (!problem || !served(*problem) || !tensors.mean_offsets || !tensors.c) return DAAM_BAD_ARGUMENT;
   if (!(problem->flags & DAAM_HAS_MASK)) tensors.mask = nullptr;
-  return choice().sets[choice().chosen].kernel(*problem, tensors, parallel_for);
+  return choice().sets[choice().chosen].density(*problem, tensors, parallel_for);
+}
+
+int run_additive(const daam_additive* problem, const AdditiveTensors& tensors, daam_parallel_for parallel_for) {
+  if (!problem || problem->batch < 0 || problem->queries < 0 || problem->keys < 0 || problem->hidden < 0)
+    return DAAM_BAD_ARGUMENT;
+  return choice().sets[choice().chosen].additive(*problem, tensors, parallel_for);
 }
 
 }  // namespace
@@ -128,5 +135,17 @@ int daam_density_backward(
     const daam_density* problem, const void* grad, const void* x, const void* mean_offsets, const void* c,
     const uint8_t* mask, void* dx, void* d_mean_offsets, void* d_c, daam_parallel_for parallel_for) {
   return daam::run(problem, {x, grad, mean_offsets, c, mask, dx, nullptr, d_mean_offsets, d_c}, parallel_for);
+}
+
+int daam_additive_scores(
+    const daam_additive* problem, const float* query, const float* key, const float* weight, float* scores,
+    daam_parallel_for parallel_for) {
+  return daam::run_additive(problem, {query, key, weight, nullptr, scores, nullptr, nullptr, nullptr}, parallel_for);
+}
+
+int daam_additive_gradients(
+    const daam_additive* problem, const float* d_scores, const float* query, const float* key, float* d_query,
+    float* d_key, float* d_weight, daam_parallel_for parallel_for) {
+  return daam::run_additive(problem, {query, key, nullptr, d_scores, nullptr, d_query, d_key, d_weight}, parallel_for);
 }
 }

@@ -10,18 +10,20 @@ gradients of gradients get the ordinary operations of ``reference.additive_atten
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import resolve, takes_formula
-from ..reference import additive_attention_blocks as blocks
+from ..backends import ADDITIVE_ATTENTION as _NAME, resolve, takes_formula
+from ..native_additive import NativeActivations
 from ..options import AdditiveProblem
+from ..reference import additive_attention_blocks as blocks
 from . import eager
 from .registration import register
 
-_NAME = "additive attention"  # in messages of what cannot serve it
+_ACTIVATIONS = {"native": NativeActivations, "reference": blocks.Activations}
 
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? attn_mask, Tensor? key_mask, Tensor? seed, "
@@ -71,7 +73,7 @@ def _forward(problem: AdditiveProblem, backend: str) -> tuple[Tensor, Tensor, Te
 
         return additive_forward(problem)
     with torch.no_grad():
-        return blocks.additive_attention_forward(problem)
+        return blocks.additive_attention_forward(problem, _ACTIVATIONS[backend])
 
 
 def _backward(
@@ -88,7 +90,8 @@ def _backward(
         from ..kernels.additive_backward import additive_backward
         from ..kernels.additive_weights import additive_weights_delta
     else:
-        additive_backward, additive_weights_delta = blocks.additive_attention_backward, blocks.additive_weights_delta
+        additive_backward = partial(blocks.additive_attention_backward, make=_ACTIVATIONS[backend])
+        additive_weights_delta = partial(blocks.additive_weights_delta, make=_ACTIVATIONS[backend])
     with torch.no_grad():
         delta = (grad * output).sum(-1)
         if grad_weights is not None:

@@ -196,15 +196,15 @@ def additive_attention_backward(
     ``grad_weights``: [batch, heads, Tq, Tk]; ``delta``, [batch, heads, Tq], is each query's sum of its weights times
     their gradients, those through the output too.
     """
-    d_query, d_key, d_value, d_weight = (
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in problem.tensors[:4]
-    )
+    results = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in problem.tensors[:4]]
     d_mask = None
     if mask_gradient:
         d_mask = torch.zeros(problem.attn_mask.shape, dtype=lse.dtype, device=lse.device)
     activations = make(problem)
     for number, head in enumerate(_heads(problem)):
-        sums = [torch.zeros_like(t) for t in head[:4]]
+        # Added up in place, but for half types.
+        of_head = [*(t[:, number] for t in results[:3]), results[3][number]]
+        sums = [t.zero_() if t.dtype == lse.dtype else t.new_zeros(t.shape, dtype=lse.dtype) for t in of_head]
         for block in (block for blocks in _blocks(problem, activations) for block in blocks):
             shares = _shares(head, block, activations, lse[:, number])
             g = grad[:, number][block.of_queries]
@@ -225,10 +225,10 @@ def additive_attention_backward(
             activations.add_gradients(d_scores, *inputs, *of_inputs, sums[3])
         sums[0] *= head.weight
         sums[1] *= head.weight
-        for result, total in zip((d_query, d_key, d_value), sums):
-            result[:, number] = total
-        d_weight[number] = sums[3]
-    return d_query, d_key, d_value, d_weight, d_mask
+        for result, total in zip(of_head, sums):
+            if result is not total:
+                result.copy_(total)
+    return *results, d_mask
 
 
 def _heads(problem: AdditiveProblem) -> list[_Head]:

@@ -7,16 +7,14 @@ import math
 import os
 import shutil
 import subprocess
-import sys
-import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from pathlib import Path
 
 import daam_kernels
 import hypothesis.strategies as st
 import pytest
 import torch
+from children import python
 from daam_kernels import density_attention, native
 from daam_kernels.options import DensityOptions
 from hypothesis import given, settings
@@ -34,28 +32,11 @@ from support import (
     truth,
 )
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 AVAILABLE, REASON = native.status()
-VARIABLES = ("DAAM_KERNELS_NO_NATIVE", "DAAM_KERNELS_HUGE_PAGES", "DAAM_KERNELS_INSTRUCTION_SET")
 
 OVERFLOWS = {torch.float16: 65520.0}  # what rounds to infinity
 
 needs_library = pytest.mark.skipif(not AVAILABLE, reason=REASON)
-
-
-def python(code, **variables):
-    """What code prints in another interpreter, which sees these variables and this one's library."""
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**environment, **variables},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 @pytest.fixture
@@ -489,7 +470,7 @@ def test_a_library_of_another_version_is_refused(tmp_path):
     source, library = tmp_path / "other.c", tmp_path / "other.so"
     source.write_text("int daam_abi_version(void) { return 99; }")
     subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", library], check=True)
-    reason = f"{library} has version 99 of the C interface, this daam_kernels needs 1: reinstall"
+    reason = f"{library} has version 99 of the C interface, this daam_kernels needs 2: reinstall"
     assert python(SHOW, DAAM_KERNELS_LIBRARY=str(library)).splitlines()[0] == reason
 
 

@@ -1,0 +1,16 @@
+// Additive attention for AVX-512.
+#if defined(__x86_64__) || defined(_M_X64)
+#include "target.h"
+#ifdef DAAM_EMULATE_AVX512  // for tests on machines without: the same vectors, in two halves
+DAAM_TARGET_BEGIN("avx2,fma,f16c")
+#else
+DAAM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+#define DAAM_VECTOR_BYTES 64
+#include "additive_kernel.h"
+
+int daam::additive_avx512(const daam_additive& p, const AdditiveTensors& t, daam_parallel_for parallel_for) {
+  return run_additive(p, t, parallel_for);
+}
+DAAM_TARGET_END
+#endif
