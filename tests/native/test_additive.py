@@ -33,12 +33,13 @@ def activations(*shape):
 @given(st.data())
 @settings(max_examples=60)
 def test_any_problem(data):
-    # Of a handful of weights the gradient may cancel, and its truth be ill-conditioned in float32.
+    # Where one of a handful of weights is nearly 1, the gradient cancels, and its truth is ill-conditioned in float32.
     shape = tuple(data.draw(st.integers(*bounds)) for bounds in ((1, 3), (1, 3), (5, 40), (8, 90)))
     hidden, value_dim = data.draw(st.integers(1, 70)), data.draw(st.integers(4, 9))
     dtype = data.draw(st.sampled_from((torch.float32, *HALF_TYPES)))
     kind = data.draw(st.sampled_from([None, "causal", "boolean", "added", "padding", "all"]))
     tensors = problem(shape, hidden, value_dim, dtype, seed=data.draw(st.integers(0, 2**16)))
+    tensors[3].div_(hidden**0.5)
     options = masks(kind, shape)
     assert_contract(results(run, *tensors, **options), exact(*tensors, **options), dtype)
 
