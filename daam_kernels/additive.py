@@ -95,6 +95,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) ->
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
         if t.is_nested:
             raise TypeError(f"{name} must be one dense tensor, got a nested one: pad it, with a key_padding_mask")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name} must be one dense tensor, got one of layout {t.layout}")
     if query.dtype not in FLOATING_TYPES:
         raise TypeError(f"query must be float64, float32, bfloat16 or float16, got {query.dtype}")
     for name, t in (("key", key), ("value", value)):
@@ -130,7 +132,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) ->
 def _check_attn_mask(mask: Tensor, query: Tensor, size: tuple[int, ...]) -> Tensor:
     """The mask with 4 dimensions."""
     check_mask("attn_mask", mask, _TRUE, "query", query, added=True)
-    fits = mask.dim() <= 4 and all(m in (1, n) for m, n in zip(mask.shape[::-1], size[::-1]))
+    fits = mask.dim() <= 4 and all(m == 1 or m == n for m, n in zip(mask.shape[::-1], size[::-1]))
     if not fits:
         raise ValueError(
             f"attn_mask must broadcast to [batch={size[0]}, heads={size[1]}, Tq={size[2]}, Tk={size[3]}], "

@@ -121,6 +121,11 @@ BAD = [
         ValueError,
         r"query must have shape \[batch, heads, Tq.* got \[5, 3\]",
     ),
+    (
+        dict(key=torch.ones(2, 2, 7, 3).double().to_sparse()),
+        TypeError,
+        "key must be one dense tensor, got one of layout torch.sparse_coo",
+    ),
     (dict(key=torch.ones(2, 2, 7, 3)), TypeError, "key must be of query's type, torch.float64, got torch.float32"),
     (dict(key=torch.ones(2, 2, 7, 4).double()), ValueError, r"key must have shape .*hidden=3.* got \[2, 2, 7, 4\]"),
     (dict(key=torch.ones(2, 2, 0, 3).double()), ValueError, "key must have at least 1 key, got an empty set"),

@@ -35,6 +35,16 @@ class ProjectedKeys(NamedTuple):
         pairs = (self.key, more.key), (self.value, more.value)
         return ProjectedKeys(*(torch.cat(pair, dim=2) for pair in pairs), self.is_batched)
 
+    def reorder(self, batches: Tensor) -> ProjectedKeys:
+        """Those of these ``batches``, int64 or int32 [new batch], of which some may be repeated: as beams go on."""
+        if not self.is_batched:
+            raise ValueError("batches can be chosen of batched keys alone, got keys without a batch")
+        fits = isinstance(batches, Tensor) and batches.dtype in (torch.int64, torch.int32) and batches.dim() == 1
+        if not fits:
+            got = f"{batches.dtype} {shape_of(batches)}" if isinstance(batches, Tensor) else type(batches).__name__
+            raise TypeError(f"batches must be a tensor of int64 or int32, [new batch], got {got}")
+        return ProjectedKeys(*(t.index_select(0, batches) for t in (self.key, self.value)), True)
+
 
 class _Call(NamedTuple):
     """What a call of the module attends with: batched, projected, checked against the module."""
@@ -61,6 +71,7 @@ class AdditiveAttention(nn.Module):
 
         keys = attention.project_keys(encoded)
         context, weights = attention(query_of_this_step, keys)
+        keys = keys.reorder(beams)  # where a beam search goes on with some of the batch
 
     Source: Bahdanau et al., arXiv 1409.0473, appendix A.1.2.
 
@@ -315,7 +326,7 @@ class AdditiveAttention(nn.Module):
         if t.is_nested:
             raise TypeError(f"{name} must be one dense tensor, got a nested one: pad it, with a key_padding_mask")
         expected = of if size is None else f"{of}={size}"
-        if t.dim() not in (2, 3) or size not in (None, t.shape[-1]):
+        if t.dim() not in (2, 3) or size is not None and t.shape[-1] != size:
             raise ValueError(f"{name} must have shape [batch, T, {expected}] or [T, {expected}], got {shape_of(t)}")
         if name == "key" and t.shape[-2] == 0:
             raise ValueError(f"key must have at least 1 key, got an empty set of keys, shape {shape_of(t)}")
@@ -351,8 +362,13 @@ class AdditiveAttention(nn.Module):
             raise ValueError("weights must be [scale] or [], as get_weights() of Keras' AdditiveAttention gives them")
         if not weights and dim is None:
             raise ValueError("dim must be given for a layer without scale, got None")
-        scale = torch.as_tensor(weights[0]) if weights else torch.ones(dim)
-        if scale.dim() != 1 or dim not in (None, len(scale)):
+        if dim is not None:
+            check_count("dim", dim, 1)
+        try:
+            scale = torch.as_tensor(weights[0]) if weights else torch.ones(dim)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"weights must be [scale], scale an array, got {weights[0]!r}") from error
+        if scale.dim() != 1 or len(scale) == 0 or dim not in (None, len(scale)):
             expected = "[dim]" if dim is None else f"[dim={dim}]"
             raise ValueError(f"weights must be [scale], scale of shape {expected}, got {shape_of(scale)}")
         module = cls(len(scale), **options)
@@ -375,17 +391,11 @@ class AdditiveAttention(nn.Module):
                 ``v.weight``, ``linear_out.weight``, ``linear_out.bias``.
             options: ``dropout``, ``fast_tanh``, ``backend``, ``device``, ``dtype`` of the module.
         """
-        names = {"linear_query.weight", "linear_query.bias", "linear_context.weight", "v.weight"}
-        names |= {"linear_out.weight", "linear_out.bias"}
-        if set(state_dict) != names:
-            raise ValueError(
-                f"state_dict must have the names {', '.join(sorted(names))}, as GlobalAttention('mlp') has without "
-                f"coverage, got {', '.join(sorted(state_dict))}"
-            )
-        hidden, dim = state_dict["linear_query.weight"].shape
-        module = cls(dim, hidden, kdim=state_dict["linear_context.weight"].shape[1], **options)
-        out, joined = state_dict["linear_out.weight"].shape
-        module.linear_out = nn.Linear(joined, out, device=module.weight.device, dtype=module.weight.dtype)
+        dim = _check_opennmt(state_dict)
+        if "num_heads" in options:
+            raise TypeError(f"num_heads must not be given: the layer has one head, got {options['num_heads']!r}")
+        module = cls(dim, **options)
+        module.linear_out = nn.Linear(2 * dim, dim, device=module.weight.device, dtype=module.weight.dtype)
         own = {"linear_query": "query_proj", "linear_context": "key_proj", "v.weight": "weight"}
         renamed = {}
         for name, tensor in state_dict.items():
@@ -400,3 +410,28 @@ class AdditiveAttention(nn.Module):
         defaults = {"dropout": 0.0, "fast_tanh": False, "backend": "auto"}
         own = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
         return ", ".join((shown, *(f"{name}={value!r}" for name, value in own.items())))
+
+
+def _check_opennmt(state_dict: Mapping[str, Tensor]) -> int:
+    """The layer's dim."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping from names to tensors, got {type(state_dict).__name__}")
+    query = state_dict.get("linear_query.weight")
+    dim = query.shape[-1] if isinstance(query, Tensor) and query.dim() else 0
+    shapes = {
+        "linear_query.weight": [dim, dim], "linear_query.bias": [dim], "linear_context.weight": [dim, dim],
+        "v.weight": [1, dim], "linear_out.weight": [dim, 2 * dim], "linear_out.bias": [dim],
+    }  # fmt: skip
+    if set(state_dict) != set(shapes):
+        raise ValueError(
+            f"state_dict must have the names {', '.join(sorted(shapes))}, as GlobalAttention('mlp') has without "
+            f"coverage, got {', '.join(sorted(map(str, state_dict)))}"
+        )
+    for name, shape in shapes.items():
+        tensor = state_dict[name]
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"state_dict must hold tensors, got {type(tensor).__name__} for {name}")
+        if shape_of(tensor) != shape:
+            taken = "[dim, dim]" if name == "linear_query.weight" else f"{shape}, for linear_query.weight's dim={dim}"
+            raise ValueError(f"state_dict must hold {name} of shape {taken}, got {shape_of(tensor)}")
+    return dim

@@ -120,6 +120,17 @@ def test_decoding_step_by_step_with_projected_keys(num_heads):
         assert_close(own, weights[:, step : step + 1], 1e-12)
 
 
+def test_keys_follow_the_beams():
+    module = AdditiveAttention(6, num_heads=2, dtype=torch.float64)
+    query, encoded, beams = randn(3, 1, 6), randn(2, 5, 6, seed=1), torch.tensor([1, 0, 1])
+    keys = module.project_keys(encoded)
+    assert_close(module(query, keys.reorder(beams))[0], module(query, encoded[beams])[0], 1e-12)
+    with pytest.raises(TypeError, match=r"batches must be a tensor of int64 or int32, .* got torch.bool \[2\]"):
+        keys.reorder(torch.ones(2).bool())
+    with pytest.raises(ValueError, match="got keys without a batch"):
+        module.project_keys(encoded[0]).reorder(beams)
+
+
 def test_a_decoder_that_attends_to_its_own_past():
     module = AdditiveAttention(6, num_heads=2, dtype=torch.float64)
     x = randn(2, 5, 6)
@@ -171,6 +182,23 @@ def test_opennmt_weights():
     assert_close(module(source[0], memory[0])[0], output[0], 1e-12)
     with pytest.raises(ValueError, match="state_dict must have the names .* got .*linear_cover.weight"):
         AdditiveAttention.from_opennmt(state | {"linear_cover.weight": randn(6, 1)})
+    with pytest.raises(ValueError, match=r"state_dict must hold linear_out.weight of shape \[6, 12\].* got \[6, 11\]"):
+        AdditiveAttention.from_opennmt(state | {"linear_out.weight": randn(6, 11)})
+    with pytest.raises(TypeError, match="state_dict must hold tensors, got ndarray for v.weight"):
+        AdditiveAttention.from_opennmt(state | {"v.weight": np.ones((1, 6))})
+    with pytest.raises(TypeError, match="num_heads must not be given"):
+        AdditiveAttention.from_opennmt(state, num_heads=2)
+
+
+def test_compiles_with_sizes_that_change():
+    module = AdditiveAttention(6, num_heads=2, dtype=torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for queries, keys in ((3, 5), (4, 7)):
+        arguments = randn(2, queries, 6), randn(2, keys, 6)
+        mask = randn(2, 1, queries, keys, seed=1)
+        for got, expected in zip(compiled(*arguments, attn_mask=mask), module(*arguments, attn_mask=mask)):
+            assert_close(got, expected, 1e-12)
 
 
 def test_training_in_half_types_and_autocast():
@@ -232,9 +260,11 @@ def test_inputs_that_do_not_fit(call, error, message):
 
 
 def test_keras_weights_that_do_not_fit():
-    for weights, dim in (([np.ones(3)] * 2, None), ([], None), ([np.ones((3, 2))], None), ([np.ones(3)], 4)):
-        with pytest.raises(ValueError, match="weights must be|dim must be given"):
+    for weights, dim in (([np.ones(3)] * 2, None), ([], None), ([np.ones((3, 2))], None), ([np.ones(3)], 4), ([], 2.5)):
+        with pytest.raises(ValueError, match="weights must be|dim must be"):
             AdditiveAttention.from_keras(weights, dim)
+    with pytest.raises(TypeError, match=r"weights must be \[scale\], scale an array, got 'scale'"):
+        AdditiveAttention.from_keras(["scale"])
 
 
 def test_the_module_is_what_the_reference_computes_from_its_projections():
