@@ -1,4 +1,5 @@
-/* Density attention without Python: the C interface of the native library. It needs no header but this one.
+/* Density attention without Python, and what is long about additive attention: the C interface of the native library.
+ * It needs no header but this one.
  *
  * x is seen as [outer, R, inner]. R is cut into num_heads chunks of R / num_heads elements, the last of which takes
  * the remainder; each chunk at each (outer, inner) is a slice, which is weighed by the product of its head's

@@ -64,18 +64,19 @@ def resolve(backend: str, x: Tensor, density: str = "product") -> str:
 
 
 def reference_form(device_type: str, intermediates: int) -> str:
-    """How plain PyTorch computes what "auto" leaves to it and what has two forms: by its "formula", or in "blocks".
+    """How "auto" computes on a CPU what has two forms: by its "formula", or in "blocks", native ones where there are.
 
     ``intermediates``: of additive attention batch * heads * Tq * Tk * hidden, of attention pooling of dense bags
     bags * rows * max(embed_dim, hidden, hops). The formula holds all of them, several times in training.
 
     Evidence, on one thread of an AVX2 CPU, float32, forward and with the backward: at 2 ** 8 to 2 ** 17 intermediates
-    the formula took 0.3 to 0.8 of the blocks' time of additive attention, at 2 ** 18 0.5 to 1.5, at 2 ** 21 4 to 12;
-    of pooling's 0.37 to 0.9 up to 2 ** 17, in float64 too. Of the densities none needs a rule: native took at most 0.7
+    the formula took 0.3 to 0.8 of the time of additive attention's blocks in plain PyTorch, at 2 ** 18 0.5 to 1.5, at
+    2 ** 21 4 to 12; of native blocks 0.3 to 0.7 up to 2 ** 16, 0.8 to 1.0 at 2 ** 17, 1.1 to 1.2 at 2 ** 18; of
+    pooling's 0.37 to 0.9 up to 2 ** 17, in float64 too. Of the densities none needs a rule: native took at most 0.7
     of the time of plain PyTorch, from 2 elements to millions and from 1 Gaussian to a million, and serves the product
     alone. On CUDA nothing has been measured: no rule.
     """
-    return "formula" if device_type == "cpu" and intermediates <= 1 << 18 else "blocks"
+    return "formula" if device_type == "cpu" and intermediates <= 1 << 17 else "blocks"
 
 
 def takes_formula(backend: str, x: Tensor, intermediates: int) -> bool:
