@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..options import DensityOptions
-from .density_backward import head_gradients, resident_gradient, save_partials
+from .density_backward import resident_gradient
 from .density_math import (
     count_elements,
     find_peak,
@@ -31,6 +31,7 @@ from .density_math import (
     value_at_peak,
     weighted_output,
 )
+from .density_parameters import head_gradients, save_partials
 from .host import SIZES, arithmetic_type, device_of, prepare, run
 from .tiles import find_valid, load_tile, program_slices, rows_within, slice_offsets, tile_offsets
 

@@ -324,6 +324,35 @@ def relative_gradient(g_valid, gap, x0, deviation, g0):
 
 
 @triton.jit
+def slice_gradient(
+    q, q_mean, g_valid, x, weights, domain, count, clamped,
+    CLAMP: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
+):  # fmt: skip
+    """p of a tile; ``q_mean`` is the weighted mean of q."""
+    q -= q_mean[None, :]
+    if CLAMP:
+        q = tl.where(clamped[None, :], g_valid * x, q)
+    p = weights * q
+    if PADDED:
+        p = tl.where(domain, p, 0.0)
+    if EXCLUDE:
+        p = tl.where((count < 2.0)[None, :], 0.0, p)
+    return p
+
+
+@triton.jit
+def from_mean(t0, u1_gap, u2_gap, peak):
+    """U1 and U2 from the sums of p gap and p gap^2."""
+    return u1_gap + peak * t0, u2_gap + peak * (2.0 * u1_gap + peak * t0)
+
+
+@triton.jit
+def through_variance(t0, u2, rstd, count, a, spread):
+    """What dx gets through the variance, over (x - mean) / sqrt(var)."""
+    return (a * u2 + spread * (2.0 * LN_2) * rstd * rstd * t0) * rstd / (tl.maximum(count, 2.0) - 1.0)
+
+
+@triton.jit
 def input_gradient(
     g, weights, standard, through_var, through_z, through_z_mean, slope, valid,
     PADDED: tl.constexpr, RESIDUAL: tl.constexpr,
