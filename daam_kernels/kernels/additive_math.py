@@ -102,14 +102,22 @@ def dropped(values, seed_ptr, slice_number, rows, columns, threshold, DROPOUT: t
 
 
 @triton.jit
+def operand(a):
+    """``a`` as a factor of tl.dot.
+
+    Triton lays it out for the narrowest type that it comes from elementwise, be it a mask's byte, and has no such
+    layout for products of float64: a sum is not elementwise.
+    """
+    if a.dtype == tl.float64:
+        a = tl.sum(a[:, :, None], axis=2)
+    return a
+
+
+@triton.jit
 def product(a, b, PRECISION: tl.constexpr):
     """a b for a [BLOCK_M, BLOCK_K], b [BLOCK_K, BLOCK_N]; tl.dot where all three are 16 or more."""
     if a.shape[0] >= 16 and a.shape[1] >= 16 and b.shape[1] >= 16:
-        if a.dtype == tl.float64:
-            # Triton lays the operand out for the narrowest type that it comes from elementwise, be it a mask's byte,
-            # and has no such layout for products of float64: a sum is not elementwise.
-            a = tl.sum(a[:, :, None], axis=2)
-        result = tl.dot(a, b, input_precision=PRECISION, out_dtype=a.dtype)
+        result = tl.dot(operand(a), b, input_precision=PRECISION, out_dtype=a.dtype)
     elif a.shape[1] == 1:
         result = a * b
     elif a.shape[0] == 1:

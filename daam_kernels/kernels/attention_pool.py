@@ -7,14 +7,18 @@ weighed with that, for the query's gradient. More than eight hops, or fewer wher
 each of which reads x, mostly from the cache. Rows too long for a program take ``pool_products`` first, which has their
 scores and their products with the gradient: x is read twice each way then.
 
-Of additive and gated pooling ``pool_hidden_sums`` reads x once in the forward pass, of every type, where all hops of a
-row fit a program and a row has no more than 256 hidden units. Else, and in the backward pass, the scores come first: of
-half types and up to 128 units from ``attention_pool_scores``, else from torch's matrix products, block by block; both
-read x once more. The layers' gradients are torch's products, which read x and dx again.
+Additive and gated pooling of every type reads x once forward and twice backward too. ``pool_hidden_sums`` has the
+hidden layer of a tile, its scores, and its sums. ``pool_hidden_gradient`` has the layer again, and writes its
+gradient, of a segment of rows at a time; ``pool_hidden_dx`` makes dx of it, and ``pool_layer_sums`` reads x again
+for the layers' gradients. That is, forward, where a row's hops fit a program and it has no more than 256 hidden units,
+and backward where all its units do: 128, or 64 of float64 (the rules are in ``attention_pool_launch``). Else the scores
+come first: of half types and up to 128 units from ``attention_pool_scores``, else from torch's matrix products, block
+by block. Both read x once more, and the layers' gradients are torch's products then, which read x and dx again.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,8 +29,17 @@ from torch import Tensor
 from ..reference import attention_pool_blocks as in_blocks
 from ..sequences import packing
 from . import attention_pool_scores
+from .additive_host import dot_precision
 from .attention_pool_hidden import pool_hidden_sums
-from .attention_pool_launch import HiddenPoolLaunch, PoolLaunch, hidden_pool_launch, pool_launch
+from .attention_pool_hidden_gradient import pool_hidden_dx, pool_hidden_gradient, pool_layer_sums
+from .attention_pool_launch import (
+    HiddenGradientLaunch,
+    HiddenPoolLaunch,
+    PoolLaunch,
+    hidden_gradient_launch,
+    hidden_pool_launch,
+    pool_launch,
+)
 from .attention_pool_rows import add_rows, bag_chunk, is_valid, load_rows, no_rows, store_softmax, store_sums
 from .density_math import FAR, LN_2, LOG2_E
 from .host import device_of
@@ -238,15 +251,19 @@ def pool_backward(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """(dx, the gradients of the scorer's tensors) as of ``attention_pool_blocks.backward``."""
     x, arithmetic, hops = _rows_of(pooling.x), pooling.arithmetic, pooling.query.shape[0]
+    whole = pooling.lengths is None  # else rows beyond them are not visited
+    dx = torch.empty_like(pooling.x) if whole else torch.zeros_like(pooling.x)
+    into = dx if dx.stride(-1) == 1 or x.shape[-1] == 1 else torch.zeros_like(x)
+    hidden = _hidden_gradient_launch(pooling, x, into)
+    if hidden is not None:
+        gradients = _hidden_backward(pooling, x, hidden, grad, grad_weights, lse, inner, into)
+        return _copied(dx, into), gradients
     dot, sums_launch = pooling.key_weight is None, _launch(pooling, x, hops)
     scores = _known_scores(pooling, x, sums_launch, None)
     d_shares = None
     if not sums_launch.whole:
         d_shares = x.new_empty(pooling.shape_of_scores, dtype=arithmetic)
         _write_products(pooling, x, sums_launch, grad, d_shares)
-    whole = pooling.lengths is None  # else rows beyond them are not visited
-    dx = torch.empty_like(pooling.x) if whole else torch.zeros_like(pooling.x)
-    into = dx if dx.stride(-1) == 1 or x.shape[-1] == 1 else torch.zeros_like(x)
     d_scores = (torch.empty if whole else torch.zeros)(pooling.shape_of_scores, dtype=arithmetic, device=x.device)
     launch = _launch(pooling, x, hops, into)
     with device_of(x):
@@ -271,6 +288,43 @@ def pool_backward(
         rows = block.rows_of(into)
         rows.add_(gradients.add(block.hops_of(d_scores), values, hidden, scorer).to(rows.dtype))
     return _copied(dx, into), gradients.result()
+
+
+def _hidden_backward(
+    pooling: Pooling, x: Tensor, launch: HiddenGradientLaunch, grad, grad_weights, lse, inner, into: Tensor
+) -> list[Tensor | None]:
+    """Writes dx ``into`` and returns the gradients of the scorer's tensors, a segment of rows after the other."""
+    (hops, hidden), embed_dim = pooling.query.shape, x.shape[-1]
+    units, programs = hidden * launch.layers, pooling.num_bags * launch.num_chunks
+    new = functools.partial(x.new_empty, dtype=pooling.arithmetic)
+    d_query, d_weight = new((programs, hops, hidden)), new((launch.sum_blocks, units, embed_dim))
+    d_bias = new((launch.sum_blocks, units))
+    tile, shared = launch.hidden, _shared(pooling, x, launch) | attention_pool_scores.layers_of(pooling)
+    shared |= dict(
+        query_ptr=_scaled_query(pooling), grad_ptr=grad, grad_weights_ptr=grad_weights, lse_ptr=lse, inner_ptr=inner,
+        given_ptr=new(pooling.shape_of_scores), d_hidden_ptr=new((launch.segment_rows, units)), dx_ptr=into,
+        d_query_ptr=d_query, d_weight_ptr=d_weight, d_bias_ptr=d_bias, rows_each=launch.rows_each,
+        dx_stride_b=_bag_stride(pooling, into) // launch.vec, dx_stride_t=into.stride(-2) // launch.vec,
+        PRECISION=attention_pool_scores.precision_of(x.dtype), PRECISION_BACK=dot_precision(pooling.arithmetic),
+        UNITS=units, BLOCK_H=launch.block_h, BLOCK_T=tile.block_t, BLOCK_C=tile.block_c, BLOCK_K=tile.block_k,
+        BLOCK_U=launch.block_u, BLOCK_S=launch.block_s, BLOCK_R=launch.block_r,
+    )  # fmt: skip
+    valid = pooling.valid_rows()  # the sums are of rows wherever they lie, which does not say what is within lengths
+    of_rows = shared | dict(valid_ptr=None if valid is None else valid.contiguous().view(torch.uint8))
+    sums = [t.new_zeros(t.shape[1:], dtype=torch.float64) for t in (d_query, d_weight, d_bias)]
+    num_rows = x.numel() // embed_dim
+    with device_of(x):
+        for first in range(0, num_rows, launch.segment_rows):
+            rows = dict(first_row=first, end_row=min(first + launch.segment_rows, num_rows))
+            run(pool_hidden_gradient, (programs,), **shared, **rows)
+            run(pool_hidden_dx, (programs,), **shared, **rows)
+            run(pool_layer_sums, (launch.unit_blocks, launch.column_blocks, launch.sum_blocks), **of_rows, **rows)
+            for total, found in zip(sums, (d_query, d_weight, d_bias)):
+                total += found.sum(0, dtype=torch.float64)
+    d_query, d_weights, d_biases = pooling.scale * sums[0], sums[1].split(hidden), sums[2].split(hidden)
+    found = d_query, *(t for layer in zip(d_weights, d_biases) for t in layer), None, None
+    # copied: an operator's results share no memory
+    return [None if like is None else t.to(like.dtype, copy=True) for t, like in zip(found, pooling.scorer.tensors)]
 
 
 def _known_scores(pooling: Pooling, x: Tensor, launch: PoolLaunch, scores: Tensor | None) -> Tensor | None:
@@ -355,6 +409,17 @@ def _hidden_launch(pooling: Pooling, x: Tensor, hops: int) -> HiddenPoolLaunch |
     return hidden_pool_launch(
         pooling.num_bags, _longest(pooling, x), hops, pooling.query.shape[1], x.shape[-1], x.stride()[:-1],
         x.dtype.itemsize, multiplied,
+    )  # fmt: skip
+
+
+def _hidden_gradient_launch(pooling: Pooling, x: Tensor, dx: Tensor) -> HiddenGradientLaunch | None:
+    if pooling.key_weight is None:
+        return None
+    return hidden_gradient_launch(
+        pooling.num_bags, _longest(pooling, x), x.numel() // x.shape[-1], *pooling.query.shape,
+        1 if pooling.gate_weight is None else 2, x.shape[-1],
+        (*x.stride()[:-1], *dx.stride()[:-1]), x.dtype.itemsize,
+        attention_pool_scores.type_of_products(pooling).itemsize,
     )  # fmt: skip
 
 

@@ -16,6 +16,16 @@ from .density_math import LN_2
 
 
 @triton.jit
+def add_scores(scores, phi, query_ptr, c, h, hops, HIDDEN: tl.constexpr):
+    """[BLOCK_H, BLOCK_T], and what the hidden units c have to add, phi [BLOCK_T, BLOCK_C]."""
+    for number in range(0, hops):
+        query = tl.load(query_ptr + number * HIDDEN + c, mask=c < HIDDEN, other=0.0)
+        of_hop = tl.sum(phi * query[None, :], axis=1)
+        scores += tl.where((h == number)[:, None], of_hop[None, :], 0.0)
+    return scores
+
+
+@triton.jit
 def hidden_scores(
     row, inside, h, query_ptr, key_weight_ptr, key_bias_ptr, gate_weight_ptr, gate_bias_ptr, hops,
     HIDDEN: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
@@ -33,10 +43,7 @@ def hidden_scores(
                 row, inside, gate_weight_ptr, gate_bias_ptr, c, HIDDEN, E, PRECISION, TYPE, ACC, BLOCK_T, BLOCK_C,
                 BLOCK_K,
             )  # fmt: skip
-        for number in range(0, hops):
-            query = tl.load(query_ptr + number * HIDDEN + c, mask=c < HIDDEN, other=0.0)
-            of_hop = tl.sum(phi * query[None, :], axis=1)
-            scores += tl.where((h == number)[:, None], of_hop[None, :], 0.0)
+        scores = add_scores(scores, phi, query_ptr, c, h, hops, HIDDEN)
     return scores
 
 

@@ -23,6 +23,10 @@ _NVIDIA_ROWS, _NVIDIA_COLUMNS = 32, 32
 _FEW_UNITS = 32  # that leave registers for more columns
 _MOST_UNITS = {2: 128, 4: 128, 8: 64}  # in a tile, by the bytes of what is multiplied
 _MOST_HIDDEN = 256  # beyond that a tile's products take longer than to read it
+_HIDDEN_ELEMENTS = 1 << 23  # of the hidden layer's gradient that are in memory at a time
+_QUERY_ELEMENTS = 4096  # of the query's gradient in a program
+_SUMMED_UNITS, _SUMMED_ROWS = 32, 32  # of a tile of the layers' gradients
+_ROWS_PER_UNIT = 8
 _TILES = 4  # at least, that a chunk of a bag has
 
 
@@ -73,17 +77,46 @@ class HiddenPoolLaunch:
     rows: PoolLaunch
 
 
+@dataclass(frozen=True)
+class HiddenGradientLaunch:
+    """The sweeps of the backward pass, of ``segment_rows`` rows, then of the next.
+
+    The sweep with the hidden layer has tiles of it, all hops, and ``block_e`` columns at a time; dx has the same rows
+    and columns. The layers' sums have tiles of ``block_r`` rows, and ``sum_blocks`` of ``rows_each`` rows times
+    ``unit_blocks`` of ``block_u`` units of the ``layers`` times ``column_blocks`` of ``block_s`` columns.
+    """
+
+    hidden: HiddenLaunch
+    block_h: int
+    block_e: int
+    block_u: int
+    block_s: int
+    block_r: int
+    vec: int
+    num_chunks: int
+    layers: int
+    segment_rows: int
+    sum_blocks: int
+    rows_each: int
+    unit_blocks: int
+    column_blocks: int
+
+    def options(self) -> dict[str, int | bool]:
+        return _options(_MOST_WARPS)
+
+
 def hidden_launch(hidden: int, embed_dim: int, strides: tuple[int, ...], itemsize: int) -> HiddenLaunch:
     """``strides``: of x, but along embed_dim; ``itemsize``: of what is multiplied, in bytes.
 
     Of all sizes tl.dot takes 16 at least.
     """
+    vec = gcd(8, embed_dim, *strides)
     block_c = min(_MOST_UNITS[itemsize], max(16, launch._power_of_two(hidden)))
     rows, columns = _HIDDEN_ROWS, _HIDDEN_COLUMNS
-    if launch.LIMIT_REGISTERS:  # an NVIDIA GPU
+    if launch.LIMIT_REGISTERS or vec == 1:  # an NVIDIA GPU, or an address for every element, which takes registers
         rows, columns = _NVIDIA_ROWS, _HIDDEN_COLUMNS if block_c <= _FEW_UNITS else _NVIDIA_COLUMNS
     block_k = max(16, min(launch._power_of_two(embed_dim), 2 * columns // itemsize))
-    return HiddenLaunch(rows, block_c, block_k, gcd(8, embed_dim, *strides), 4 if block_c <= _FEW_UNITS else 8)
+    return HiddenLaunch(rows, block_c, block_k, vec, 4 if block_c <= _FEW_UNITS else 8)
 
 
 def hidden_pool_launch(
@@ -104,6 +137,37 @@ def hidden_pool_launch(
     vec = gcd(16 // itemsize, embed_dim, *strides)
     block_t = min(tile.block_t, most_rows)
     return HiddenPoolLaunch(tile, PoolLaunch(block_e, block_h, block_t, vec, tile.num_warps, num_chunks, 1))
+
+
+def hidden_gradient_launch(
+    num_bags: int, longest: int, num_rows: int, hops: int, hidden: int, layers: int, embed_dim: int,
+    strides: tuple[int, ...], itemsize: int, multiplied: int,
+) -> HiddenGradientLaunch | None:  # fmt: skip
+    """For x of ``num_rows`` rows in all; None where all hidden units, or the query's gradient, do not fit a program.
+
+    Nor do rows that are read number by number, on AMD's GPUs: an address for each leaves too few registers.
+
+    ``strides``: of x and dx, but along embed_dim.
+    """
+    tile, block_h = hidden_launch(hidden, embed_dim, strides, multiplied), launch._power_of_two(hops)
+    vec = gcd(16 // itemsize, embed_dim, *strides)
+    if tile.block_c < hidden or block_h * tile.block_c > _QUERY_ELEMENTS or vec == 1 and not launch.LIMIT_REGISTERS:
+        return None
+    columns = _elements(itemsize) // (_SUMMED_ROWS if vec > 1 else 2 * _SUMMED_ROWS)
+    block_s = max(16, min(launch._power_of_two(embed_dim), columns))
+    block_e = max(16, block_s * _SUMMED_ROWS // (2 * tile.block_t))
+    block_u = min(tile.block_c, _SUMMED_UNITS)
+    segment_rows = min(max(1, num_rows), max(1, _HIDDEN_ELEMENTS // (layers * hidden * tile.block_t)) * tile.block_t)
+    segments = -(-num_rows // segment_rows)
+    num_chunks = max(1, min(-(-PROGRAMS * segments // max(1, num_bags)), -(-longest // (_TILES * tile.block_t))))
+    unit_blocks, column_blocks = -(-layers * hidden // block_u), -(-embed_dim // block_s)
+    least = max(_TILES * _SUMMED_ROWS, _ROWS_PER_UNIT * hidden)  # for the sums to be small beside x
+    sum_blocks = max(1, min(-(-PROGRAMS // (unit_blocks * column_blocks)), segment_rows // least))
+    rows_each = -(-segment_rows // (sum_blocks * _SUMMED_ROWS)) * _SUMMED_ROWS
+    return HiddenGradientLaunch(
+        tile, block_h, block_e, block_u, block_s, _SUMMED_ROWS, vec, num_chunks, layers, segment_rows, sum_blocks,
+        rows_each, unit_blocks, column_blocks,
+    )  # fmt: skip
 
 
 def pool_launch(

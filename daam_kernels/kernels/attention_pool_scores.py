@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .additive_host import INTERPRETED, dot_precision
+from .additive_math import operand
 from .attention_pool_launch import hidden_launch
 from .host import device_of
 from .tanh import portable_tanh
@@ -37,7 +38,7 @@ def project(
         x = tl.load(row[:, None] + e[None, :], mask=inside[:, None] & (e < E)[None, :], other=0.0)
         at = c[:, None] * E + e[None, :]
         weight = tl.load(weight_ptr + at, mask=(c < HIDDEN)[:, None] & (e < E)[None, :], other=0.0)
-        total = tl.dot(x.to(TYPE), tl.trans(weight), total, input_precision=PRECISION, out_dtype=ACC)
+        total = tl.dot(operand(x.to(TYPE)), tl.trans(weight), total, input_precision=PRECISION, out_dtype=ACC)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + c, mask=c < HIDDEN, other=0.0).to(ACC)[None, :]
     return total

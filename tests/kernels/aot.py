@@ -156,6 +156,7 @@ POOLS = {
     "pool, odd rows": PoolCase((4, 200, 333), hops=3, aligned=False),
     "pool, gated": PoolCase((4, 500, 512), hidden=128, gated=True),
     "pool, additive": PoolCase((4, 500, 512), hidden=128),
+    "pool, odd and gated": PoolCase((4, 200, 333), hops=3, hidden=37, gated=True, aligned=False),
     "pool, all options": PoolCase((4, 200, 512), hidden=16, options=True),
 }
 # A mixture in whole tiles, its Gaussians in no loop, and without a gradient, so that instructions can be counted: for
@@ -184,13 +185,17 @@ JOBS += [(name, "bf16", "sm_90") for name in POOLS if name != "pool"]
 JOBS += [
     (f"pool, {score}", "bf16", target) for score in ("gated", "additive") for target in ("sm_80", "sm_100", "gfx942")
 ]
+JOBS += [("pool, gated", "fp32", "sm_80"), ("pool, gated", "fp32", "gfx942"), ("pool, odd and gated", "fp32", "sm_80")]
+JOBS += [("pool, all options", "fp64", "sm_80")]  # masks, beside products of float64
 
 # additive_gradients adds two numbers per thread at a time.
 READERS = {
     "additive_gradients",
     "additive_output",
     "pool_hidden_scores",
+    "pool_hidden_gradient",
     "pool_hidden_sums",
+    "pool_layer_sums",
     "pool_products",
     "pool_sums",
     "split_statistics",
@@ -205,6 +210,7 @@ WRITERS = {
     *("block_forward_resident", "block_backward_resident"),
     "additive_output",
     "pool_gradient",
+    "pool_hidden_dx",
 }
 
 
@@ -361,10 +367,16 @@ def compile_pool(case: PoolCase, dtype: torch.dtype, target: str) -> list[dict]:
     """The same of a case of attention pooling."""
     from triton.runtime.jit import JITFunction
 
-    from daam_kernels.kernels import additive_host, attention_pool, attention_pool_hidden, attention_pool_scores
+    from daam_kernels.kernels import (
+        additive_host,
+        attention_pool,
+        attention_pool_hidden,
+        attention_pool_hidden_gradient,
+        attention_pool_scores,
+    )
     from daam_kernels.ops.attention_pool import Pooling
 
-    modules = attention_pool, attention_pool_hidden, attention_pool_scores
+    modules = attention_pool, attention_pool_hidden, attention_pool_hidden_gradient, attention_pool_scores
     jitted = [f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)]
     for function in jitted:
         function.device_caches.clear()

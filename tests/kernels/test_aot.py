@@ -42,12 +42,14 @@ def test_kernels_compile_without_faults(compiled, name, dtype, target):
     for kernel in kernels:
         assert not aot.faults(name, target, kernel), kernel
     if name in aot.POOLS:
-        forward, backward, of_queries = ["pool_sums"], [], ["pool_sums"]
         if aot.CASES[name].hidden:
-            forward, backward, of_queries = ["pool_hidden_sums"], ["pool_hidden_scores"] * (dtype == "bf16"), []
-        elif name == "pool, longer rows":
-            forward, backward = ["pool_products", "pool_sums"], ["pool_products"] * 2
-        assert launched == [*forward, "pool_merge", *backward, "pool_gradient", *of_queries]
+            of_layers = ["pool_hidden_gradient", "pool_hidden_dx", "pool_layer_sums"]
+            assert launched == ["pool_hidden_sums", "pool_merge", *of_layers]
+            return
+        products = ["pool_products"] * (name == "pool, longer rows")
+        assert launched == [
+            *products, "pool_sums", "pool_merge", *products * 2, "pool_gradient", "pool_sums"
+        ]  # fmt: skip
         return
     if isinstance(aot.CASES[name], aot.AdditiveCase):
         assert launched[0] == "additive_output" and "additive_gradients" in launched

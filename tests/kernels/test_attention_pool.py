@@ -41,9 +41,11 @@ def launched(monkeypatch):
 def test_chunks_of_bags_and_blocks_of_hops(small_tiles, launched, score, kind, hops, chunks, blocks):
     p = problem(score, kind, torch.float32, DEVICE, lengths=LENGTHS, hops=hops)
     check(p, "triton")
-    names = ["pool_sums", "pool_merge", "pool_gradient"] + ["pool_sums"] * (score == "dot")
-    assert [name for name, _ in launched] == names
-    assert [grid[:2] for _, grid in launched[:3]] == [(4 * chunks, blocks), (4 * hops, 1), (4 * 7, 1)]
+    of_layers = ["pool_hidden_gradient", "pool_hidden_dx", "pool_layer_sums"]  # which have all hops at once
+    backward = ["pool_gradient", "pool_sums"] if score == "dot" else of_layers
+    assert [name for name, _ in launched] == ["pool_sums", "pool_merge", *backward]
+    assert [grid[:2] for _, grid in launched[:2]] == [(4 * chunks, blocks), (4 * hops, 1)]
+    assert launched[2][1] == ((4 * 7, 1) if score == "dot" else (4 * 1,))
 
 
 @pytest.mark.parametrize(
@@ -52,21 +54,28 @@ def test_chunks_of_bags_and_blocks_of_hops(small_tiles, launched, score, kind, h
         ("gated", "packed", torch.float32, torch.float32, 20),
         ("additive", "dense", torch.bfloat16, torch.float32, 5),
         ("gated", "full", torch.float16, torch.float16, 20),
-        ("additive", "packed", torch.float64, torch.float32, 70),  # in two blocks of units
+        ("additive", "dense", torch.float64, torch.float32, 40),
+        ("additive", "packed", torch.float32, torch.float32, 130),  # in two blocks of units, backward by torch
     ],
     ids=str,
 )
 @pytest.mark.parametrize("fits", [True, False])
 def test_hidden_layers(launched, monkeypatch, score, kind, dtype, layers, hidden, fits):
-    """Of several chunks, and of more columns than a product takes at a time; the layer of x's own type or another."""
-    monkeypatch.setattr(attention_pool_launch, "_TILES", 1)
-    monkeypatch.setattr(attention_pool_launch, "_ELEMENTS", 2048)
-    if not fits:
-        monkeypatch.setattr(attention_pool_launch, "_MOST_HIDDEN", 0)
+    """Of several chunks, segments and blocks of columns; with the layer of x's own type or another."""
+    layers_of = 2 if score == "gated" else 1
+    small = dict(_TILES=1, _ELEMENTS=2048, _ROWS_PER_UNIT=0, _HIDDEN_ELEMENTS=64 * hidden * layers_of)
+    for name, value in small.items() if fits else {"_MOST_HIDDEN": 0, "_QUERY_ELEMENTS": 0}.items():
+        monkeypatch.setattr(attention_pool_launch, name, value)
     p = problem(score, kind, dtype, DEVICE, lengths=(40, 0, 33), embed_dim=70, hidden=hidden)
     p = p._replace(tensors=tuple(None if t is None else t.to(layers) for t in p.tensors))
-    assert_contract(evaluate(p, "triton")[:3], truth(p)[:3], dtype)
-    assert launched[0] == (("pool_hidden_sums", (2 * len(p.grad),)) if fits else ("pool_sums", launched[0][1]))
+    of_type = slice(3 if dtype.itemsize > layers.itemsize else None)  # a gradient is rounded to its tensor's type
+    assert_contract(evaluate(p, "triton")[of_type], truth(p)[of_type], dtype)
+    names = ["pool_hidden_gradient", "pool_hidden_dx", "pool_layer_sums"] * 2 if hidden <= 128 else ["pool_gradient"]
+    expected = ["pool_hidden_sums", "pool_merge", *names] if fits else ["pool_sums", "pool_merge", "pool_gradient"]
+    assert [name for name, _ in launched] == expected
+    if fits and hidden <= 128:
+        bags, blocks = len(p.grad), (-(-layers_of * hidden // 32), 5 if dtype == torch.float64 else 2)
+        assert [grid for _, grid in launched[-3:]] == [(2 * bags,), (2 * bags,), (*blocks, 2)]
 
 
 def test_dropout_and_weights_in_chunks(small_tiles):
@@ -85,10 +94,10 @@ def test_weights_change_nothing_else(small_tiles):
     assert_same_bits(evaluate(p, "triton")[0].detach(), alone)
 
 
-@pytest.mark.parametrize("kind", ["packed", "full"])
-def test_no_access_out_of_bounds(small_tiles, monkeypatch, kind):
+@pytest.mark.parametrize("score, kind", [("dot", "packed"), ("dot", "full"), ("gated", "packed"), ("additive", "full")])
+def test_no_access_out_of_bounds(small_tiles, monkeypatch, score, kind):
     """Every tensor lies in the middle of NaN: what is read of them shows in the results, what is written in them."""
-    p = problem("dot", kind, torch.float32, DEVICE, lengths=(5, 2, 30), embed_dim=5)
+    p = problem(score, kind, torch.float32, DEVICE, lengths=(5, 2, 30), embed_dim=5)
     p = p._replace(x=p.x.nan_to_num(), bags={k: v for k, v in p.bags.items() if k == "cu_seqlens"})
     expected = truth(p)
     p = p._replace(**{name: nan_padded(getattr(p, name))[0] for name in ("x", "grad", "grad_weights")})
@@ -114,7 +123,8 @@ def test_no_access_out_of_bounds(small_tiles, monkeypatch, kind):
 
 
 @pytest.mark.parametrize("score, kind", [("dot", "packed"), ("dot", "dense"), ("gated", "packed")])
-def test_rows_too_long_for_a_program_are_taken_in_blocks_of_columns(small_tiles, launched, score, kind):
+def test_rows_too_long_for_a_program_are_taken_in_blocks_of_columns(small_tiles, launched, monkeypatch, score, kind):
+    monkeypatch.setattr(attention_pool_launch, "_QUERY_ELEMENTS", 0)  # nor do their units fit one
     p = problem(score, kind, torch.float32, DEVICE, embed_dim=70, lengths=(3, 0, 5))
     check(p, "triton")
     products = ["pool_products"] * (score == "dot")
