@@ -18,7 +18,7 @@ constexpr int64_t kMostTasks = 64;             // of the backward
 constexpr float kWhole = 12582912.0f + 127;  // what is added to it is rounded; with the exponent's bias in the last bits
 constexpr float kMostTanh = 20.0f;           // from 9.1 on it is 1
 
-// tanh to about two units in the last place, near 0 too: by e^-2|x| - 1, which keeps its digits there.
+// tanh to about three units in the last place, near 0 too: by e^-2|x| - 1, which keeps its digits there.
 DAAM_INLINE V<float> tanh_of(V<float> x) {
   const V<float> a = 2.885390081777927f * minimum(splat<float>(kMostTanh), absolute<float>(x));  // e^-2|x| = 2^-a
   const V<float> t = kWhole - a, r = (kWhole - t) - a;
@@ -60,7 +60,7 @@ DAAM_INLINE void score(
 
 // Blocks of queries and keys, as tasks: the keys stay in the cache while every query of the block meets them.
 struct Grid {
-  int64_t queries, keys;            // of a block
+  int64_t queries, keys;  // of a block
   int64_t query_blocks, key_blocks;
 
   explicit Grid(const daam_additive& p) {
@@ -85,12 +85,12 @@ void write_scores(const daam_additive& p, const AdditiveTensors& t, const Grid& 
   }
 }
 
-// The queries of a batch in parts, and parts in tasks. A part has sums of its own for d_key, and a task for d_weight, which
-// are added one after the other; what they are does not depend on the threads.
+// The queries of a batch in parts, and parts in tasks. A part has sums of its own for d_key, and a task for d_weight,
+// which are added one after the other; what they are does not depend on the threads.
 struct Parts {
   int64_t queries, of_batch;  // queries of a part; parts of a batch
   int64_t count, of_task;
-  int64_t units, chunks;  // of hidden units: those whose sums are in registers at a time; how often
+  int64_t units, chunks;  // hidden units whose sums are in registers at a time; how often that is
 
   explicit Parts(const daam_additive& p) {
     constexpr int64_t N = Vector<float>::N;
