@@ -2,7 +2,8 @@
 
 A program owns a chunk of one bag and a block of hops, and of rows too long for a tile a block of columns. It sweeps the
 chunk's rows BLOCK_T at a time. Every bag is cut into as many chunks as any other, of its own length: enough of them to
-fill a GPU where bags are few.
+fill a GPU where bags are few. With a hidden layer a program has all hops of its rows. The layer's gradient is in memory
+for some of the rows at a time, and its products with x are summed up by programs that own rows of any bags.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ _HIDDEN_ROWS, _HIDDEN_COLUMNS = 64, 64  # of x in a tile of half types
 _NVIDIA_ROWS, _NVIDIA_COLUMNS = 32, 32
 _FEW_UNITS = 32  # that leave registers for more columns
 _MOST_UNITS = {2: 128, 4: 128, 8: 64}  # in a tile, by the bytes of what is multiplied
-_MOST_HIDDEN = 256  # beyond that a tile's products take longer than to read it
+_MOST_HIDDEN = 256  # beyond that a tile's products take longer than to read it twice, by the arithmetic of a GPU
 _HIDDEN_ELEMENTS = 1 << 23  # of the hidden layer's gradient that are in memory at a time
 _QUERY_ELEMENTS = 4096  # of the query's gradient in a program
 _SUMMED_UNITS, _SUMMED_ROWS = 32, 32  # of a tile of the layers' gradients
-_ROWS_PER_UNIT = 8
+_ROWS_PER_UNIT = 8  # at least, that the layers' gradients are summed over at a time: the sums are small beside x
 _TILES = 4  # at least, that a chunk of a bag has
 
 
@@ -131,7 +132,7 @@ def hidden_pool_launch(
     tile = hidden_launch(hidden, embed_dim, strides, multiplied)
     block_e, block_h = launch._power_of_two(embed_dim), launch._power_of_two(hops)
     most_rows = _elements(itemsize) // (block_h * block_e)
-    if most_rows == 0 or hidden > _MOST_HIDDEN:
+    if most_rows == 0 or block_h > _MOST_HOPS or hidden > _MOST_HIDDEN:
         return None
     num_chunks = max(1, min(-(-PROGRAMS // max(1, num_bags)), -(-longest // (_TILES * tile.block_t))))
     vec = gcd(16 // itemsize, embed_dim, *strides)

@@ -1,6 +1,7 @@
-"""The scores of additive and gated attention pooling of half types: a hidden layer that is never written.
+"""The hidden layer of additive and gated attention pooling, a tile at a time; and scores of it alone, of half types.
 
-Reads x once, and the layer's weights anew for every tile, mostly from the cache; writes the scores alone.
+``pool_hidden_scores`` reads x once, and the layer's weights anew for every tile, mostly from the cache; it serves where
+a program has no room for the scores and the sums.
 """
 
 from __future__ import annotations
