@@ -14,6 +14,7 @@ It is as exact as tanh in absolute terms, not relative to a tanh near 0: where q
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -50,9 +51,9 @@ class Activations:
 
     def scores(self, query: Tensor, key: Tensor, weight: Tensor, scale: float) -> Tensor:
         """[batches, rows, columns] of query [batches, rows, hidden] and key [batches, columns, hidden]."""
+        shape = *query.shape[:2], *key.shape[1:]
         query, key, weight = query.unsqueeze(2), key.unsqueeze(1), weight * scale
-        shape = torch.broadcast_shapes(query.shape, key.shape)
-        found = self._last = self._buffer[: shape.numel()].view(shape)
+        found = self._last = self._buffer[: math.prod(shape)].view(shape)
         of_pairs = found.view(-1, shape[-1])
         if not self._halved:
             torch.add(query, key, out=found).tanh_()

@@ -41,8 +41,7 @@ def dropout_keep(seed: Tensor, slices: Tensor, rows: Tensor, columns: range, dro
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, ...]:
     """Four words of 32 bits, each in an int64, whose product of two such words wraps around to the right bits."""
-    shape = torch.broadcast_shapes(c0.shape, c1.shape, c2.shape)
-    c0, c1, c2 = (c.expand(shape) for c in (c0, c1, c2))
+    c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
     c3 = torch.zeros_like(c0)
     k0, k1 = seed & _LOW, seed >> 32 & _LOW
     for _ in range(10):
