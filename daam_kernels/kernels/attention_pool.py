@@ -11,7 +11,7 @@ Additive and gated pooling of every type reads x once forward and twice backward
 hidden layer of a tile, its scores, and its sums. ``pool_hidden_gradient`` has the layer again, and writes its
 gradient, of a segment of rows at a time; ``pool_hidden_dx`` makes dx of it, and ``pool_layer_sums`` reads x again for
 the layers' gradients. That is, forward, where a row's hops, eight at most, fit a program, and it has no more than 256
-hidden units; and backward where its units fit, 128 of them, or 64 of float64, but not on AMD's GPUs where rows are read
+hidden units; and backward where its units fit, 128 of them, or 32 of float64, but not on AMD's GPUs where rows are read
 number by number (the rules are in ``attention_pool_launch``). Else the scores come first: of half types and up to 128
 units from ``attention_pool_scores``, else from torch's matrix products, block by block. Both read x once more, and
 backward the layers' gradients are torch's products then, which read x and dx again.

@@ -22,7 +22,7 @@ _HIDDEN_ROWS, _HIDDEN_COLUMNS = 64, 64  # of x in a tile of half types
 # has several of them.
 _NVIDIA_ROWS, _NVIDIA_COLUMNS = 32, 32
 _FEW_UNITS = 32  # that leave registers for more columns
-_MOST_UNITS = {2: 128, 4: 128, 8: 64}  # in a tile, by the bytes of what is multiplied
+_MOST_UNITS = {2: 128, 4: 128, 8: 32}  # in a tile, by the bytes of what is multiplied
 _MOST_HIDDEN = 256  # beyond that a tile's products take longer than to read it twice, by the arithmetic of a GPU
 _HIDDEN_ELEMENTS = 1 << 23  # of the hidden layer's gradient that are in memory at a time
 _QUERY_ELEMENTS = 4096  # of the query's gradient in a program
@@ -137,7 +137,7 @@ def hidden_pool_launch(
     num_chunks = max(1, min(-(-PROGRAMS // max(1, num_bags)), -(-longest // (_TILES * tile.block_t))))
     vec = gcd(16 // itemsize, embed_dim, *strides)
     block_t = min(tile.block_t, most_rows)
-    return HiddenPoolLaunch(tile, PoolLaunch(block_e, block_h, block_t, vec, tile.num_warps, num_chunks, 1))
+    return HiddenPoolLaunch(tile, PoolLaunch(block_e, block_h, block_t, vec, _MOST_WARPS, num_chunks, 1))
 
 
 def hidden_gradient_launch(
@@ -154,7 +154,7 @@ def hidden_gradient_launch(
     vec = gcd(16 // itemsize, embed_dim, *strides)
     if tile.block_c < hidden or block_h * tile.block_c > _QUERY_ELEMENTS or vec == 1 and not launch.LIMIT_REGISTERS:
         return None
-    columns = _elements(itemsize) // (_SUMMED_ROWS if vec > 1 else 2 * _SUMMED_ROWS)
+    columns = _elements(itemsize) // (_SUMMED_ROWS if vec > 1 and itemsize < 8 else 2 * _SUMMED_ROWS)
     block_s = max(16, min(launch._power_of_two(embed_dim), columns))
     block_e = max(16, block_s * _SUMMED_ROWS // (2 * tile.block_t))
     block_u = min(tile.block_c, _SUMMED_UNITS)
