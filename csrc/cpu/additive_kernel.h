@@ -13,7 +13,7 @@ constexpr int kKeys = 4;                       // scores of a query that are wor
 constexpr int64_t kKeyNumbers = 1 << 12;       // of the keys of a task: they stay in the first cache
 constexpr int64_t kTaskActivations = 1 << 16;  // what a task should have, if there are so many
 constexpr int64_t kMostParts = 8;              // of all batches, where there are no more batches than that
-constexpr int64_t kMostTasks = 64;             // of the backward
+constexpr int64_t kWeightSums = 64;            // of d_weight that are apart: tasks of the backward
 
 constexpr float kWhole = 12582912.0f + 127;  // what is added to it is rounded; with the exponent's bias in the last bits
 constexpr float kMostTanh = 20.0f;           // from 9.1 on it is 1
@@ -98,7 +98,7 @@ struct Parts {
     const int64_t worth = p.queries * p.keys * p.hidden / kTaskActivations;
     queries = divide_up(p.queries, most(1, least(wanted, worth)));
     of_batch = divide_up(p.queries, most(1, queries)), count = p.batch * of_batch;
-    of_task = divide_up(count, kMostTasks);
+    of_task = divide_up(count, kWeightSums);
     units = p.hidden > N ? 2 * N : N, chunks = divide_up(p.hidden, units);
   }
   int64_t tasks() const { return divide_up(count, most(1, of_task)); }

@@ -3,10 +3,15 @@
 #include "target.h"
 DAAM_TARGET_BEGIN("avx2,fma,f16c")
 #define DAAM_VECTOR_BYTES 32
+#include "additive_kernel.h"
 #include "density_kernel.h"
 
 int daam::density_avx2(const daam_density& p, const Tensors& t, daam_parallel_for parallel_for) {
   return run(p, t, parallel_for);
+}
+
+int daam::additive_avx2(const daam_additive& p, const AdditiveTensors& t, daam_parallel_for parallel_for) {
+  return run_additive(p, t, parallel_for);
 }
 DAAM_TARGET_END
 #endif

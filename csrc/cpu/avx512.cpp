@@ -1,4 +1,4 @@
-// Additive attention for AVX-512.
+// The kernels for AVX-512.
 #if defined(__x86_64__) || defined(_M_X64)
 #include "target.h"
 #ifdef DAAM_EMULATE_AVX512  // for tests on machines without: the same vectors, in two halves
@@ -8,6 +8,11 @@ DAAM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 #define DAAM_VECTOR_BYTES 64
 #include "additive_kernel.h"
+#include "density_kernel.h"
+
+int daam::density_avx512(const daam_density& p, const Tensors& t, daam_parallel_for parallel_for) {
+  return run(p, t, parallel_for);
+}
 
 int daam::additive_avx512(const daam_additive& p, const AdditiveTensors& t, daam_parallel_for parallel_for) {
   return run_additive(p, t, parallel_for);

@@ -1,7 +1,0 @@
-// Additive attention for any machine: with what every processor of its kind has (SSE2 on x86-64, NEON on aarch64).
-#define DAAM_VECTOR_BYTES 16
-#include "additive_kernel.h"
-
-int daam::additive_generic(const daam_additive& p, const AdditiveTensors& t, daam_parallel_for parallel_for) {
-  return run_additive(p, t, parallel_for);
-}
