@@ -102,11 +102,11 @@ DAAM_API int daam_additive_scores(
     const daam_additive* problem, const float* query, const float* key, const float* weight, float* scores,
     daam_parallel_for parallel_for);
 
-/* Adds, with t the activations anew: sum_j d_scores (1 - t^2) to d_query, sum_i of it to d_key, and sum_bij d_scores t to
- * d_weight [hidden]. d_scores is as scores, and holds scale already; the first two lack the factor weight. */
+/* Adds, with t the activations anew: sum_j d_scores weight (1 - t^2) to d_query, sum_i of it to d_key, and
+ * sum_bij d_scores t to d_weight [hidden]. d_scores is as scores, and holds scale already. */
 DAAM_API int daam_additive_gradients(
-    const daam_additive* problem, const float* d_scores, const float* query, const float* key, float* d_query,
-    float* d_key, float* d_weight, daam_parallel_for parallel_for);
+    const daam_additive* problem, const float* d_scores, const float* query, const float* key, const float* weight,
+    float* d_query, float* d_key, float* d_weight, daam_parallel_for parallel_for);
 
 /* The same on a CUDA device. Pointers are the device's; stream is a CUstream, and the current context must be its
  * own. Everything is asynchronous on the stream. image is the fat binary of csrc/cuda in memory, which must stay

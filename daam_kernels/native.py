@@ -416,7 +416,7 @@ def _typed(core: ctypes.CDLL) -> _Library:
         function("daam_cuda_workspace", 1, c_int64),
         function("daam_cuda_load", 1),
         function("daam_additive_scores", 6),
-        function("daam_additive_gradients", 8),
+        function("daam_additive_gradients", 9),
         function("daam_instruction_set", 0, ctypes.c_char_p),
         function("daam_instruction_sets", 0, ctypes.c_char_p),
         _torch_parallel_for(),

@@ -41,12 +41,19 @@ class NativeActivations:
         return scores
 
     def add_gradients(
-        self, d_scores: Tensor, query: Tensor, key: Tensor, d_query: Tensor, d_key: Tensor, d_weight: Tensor
+        self,
+        d_scores: Tensor,
+        query: Tensor,
+        key: Tensor,
+        weight: Tensor,
+        d_query: Tensor,
+        d_key: Tensor,
+        d_weight: Tensor,
     ) -> None:
-        """Add what d_scores, before their scale, give; to query and key but for the factor weight."""
-        query, key, d_scores = _dense(query), _dense(key), d_scores.contiguous()
+        """Add what the gradient of the scores before their scale gives."""
+        query, key, weight, d_scores = _dense(query), _dense(key), weight.contiguous(), d_scores.contiguous()
         block = _block(query, key, d_query, d_key)
-        pointers = (t.data_ptr() for t in (d_scores, query, key, d_query, d_key, d_weight))
+        pointers = (t.data_ptr() for t in (d_scores, query, key, weight, d_query, d_key, d_weight))
         native.additive_gradients(ctypes.addressof(block), *pointers)
 
 

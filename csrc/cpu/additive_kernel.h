@@ -138,9 +138,9 @@ DAAM_INLINE void add_query(
   }
   float* const d_query = t.d_query + b * p.d_query[0] + i * p.d_query[1] + c;
   for (int v = 0; v < VECTORS; v++) {
-    add_at_most(d_query + v * N, of_query[v], p.hidden - c - v * N);
-    for (int64_t lane = 0; lane < least(N, p.hidden - c - v * N); lane++)
-      d_weight[c + v * N + lane] += of_weight[v][lane];
+    const int64_t at = c + v * N, rest = p.hidden - at;
+    add_at_most(d_query + v * N, of_query[v] * load_at_most(t.weight + at, rest), rest);
+    for (int64_t lane = 0; lane < least(N, rest); lane++) d_weight[at + lane] += of_weight[v][lane];
   }
 }
 
@@ -171,7 +171,10 @@ bool add_parts(
     for (int64_t j = 0; j < p.keys; j++) {
       float* const d_key =
           d_keys ? d_keys + (part * p.keys + j) * p.hidden : t.d_key + b * p.d_key[0] + j * p.d_key[1];
-      for (int64_t c = 0; c < p.hidden; c += N) add_at_most(d_key + c, load(key_sums + place(j, c)), p.hidden - c);
+      for (int64_t c = 0; c < p.hidden; c += N) {
+        const int64_t rest = p.hidden - c;
+        add_at_most(d_key + c, load(key_sums + place(j, c)) * load_at_most(t.weight + c, rest), rest);
+      }
     }
   }
   return true;

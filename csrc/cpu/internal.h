@@ -25,9 +25,7 @@ int density_avx512(const daam_density&, const Tensors&, daam_parallel_for);
 
 // The same of additive attention; those of the other direction are NULL.
 struct AdditiveTensors {
-  const float *query, *key;
-  const float *weight;    // forward
-  const float *d_scores;  // backward
+  const float *query, *key, *weight, *d_scores;
   float* scores;
   float *d_query, *d_key, *d_weight;
 };

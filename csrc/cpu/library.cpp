@@ -144,8 +144,8 @@ int daam_additive_scores(
 }
 
 int daam_additive_gradients(
-    const daam_additive* problem, const float* d_scores, const float* query, const float* key, float* d_query,
-    float* d_key, float* d_weight, daam_parallel_for parallel_for) {
-  return daam::run_additive(problem, {query, key, nullptr, d_scores, nullptr, d_query, d_key, d_weight}, parallel_for);
+    const daam_additive* problem, const float* d_scores, const float* query, const float* key, const float* weight,
+    float* d_query, float* d_key, float* d_weight, daam_parallel_for parallel_for) {
+  return daam::run_additive(problem, {query, key, weight, d_scores, nullptr, d_query, d_key, d_weight}, parallel_for);
 }
 }

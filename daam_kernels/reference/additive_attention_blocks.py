@@ -65,12 +65,16 @@ class Activations:
         return torch.addmv(weight.sum(), of_pairs, weight, alpha=-2).view(shape[:-1])
 
     def add_gradients(
-        self, d_scores: Tensor, query: Tensor, key: Tensor, d_query: Tensor, d_key: Tensor, d_weight: Tensor
+        self,
+        d_scores: Tensor,
+        query: Tensor,
+        key: Tensor,
+        weight: Tensor,
+        d_query: Tensor,
+        d_key: Tensor,
+        d_weight: Tensor,
     ) -> None:
-        """Add what d_scores, before their scale, of the last scores give; to query and key but for the factor weight.
-
-        Overwrites the activations.
-        """
+        """Add what the gradient of the last scores before their scale gives. Overwrites the activations."""
         found = self._last
         of_weight = torch.mv(found.view(-1, found.shape[-1]).T, d_scores.reshape(-1))
         if self._halved:
@@ -79,8 +83,8 @@ class Activations:
         else:
             d_weight += of_weight
             slopes = torch.addcmul(self._one, found, found, value=-1, out=found).mul_(d_scores.unsqueeze(-1))
-        d_query += slopes.sum(2)
-        d_key += slopes.sum(1)
+        d_query += slopes.sum(2).mul_(weight)
+        d_key += slopes.sum(1).mul_(weight)
 
 
 def _is_large(query: Tensor, key: Tensor) -> bool:
@@ -215,17 +219,15 @@ def additive_attention_backward(
             if problem.dropout_p:
                 kept = _kept(head, block)
                 d_shares *= kept
-                sums[2][block.of_keys] += (shares * kept).mT @ g
+                sums[2][block.of_keys].baddbmm_((shares * kept).mT, g)
             else:
-                sums[2][block.of_keys] += shares.mT @ g
+                sums[2][block.of_keys].baddbmm_(shares.mT, g)
             d_scores = shares.mul_(d_shares.sub_(delta[:, number][block.of_queries].unsqueeze(-1)))
             if d_mask is not None:
                 _add_reduced(d_mask, (block.batches, slice(number, number + 1), block.rows, block.columns), d_scores)
             d_scores *= problem.scale
             inputs, of_inputs = _inputs(head, block), (sums[0][block.of_queries], sums[1][block.of_keys])
-            activations.add_gradients(d_scores, *inputs, *of_inputs, sums[3])
-        sums[0] *= head.weight
-        sums[1] *= head.weight
+            activations.add_gradients(d_scores, *inputs, head.weight, *of_inputs, sums[3])
         for result, total in zip(of_head, sums):
             if result is not total:
                 result.copy_(total)

@@ -100,8 +100,8 @@ def test_no_access_out_of_bounds(shape):
     y = torch.tanh(query[:, :, None].double() + key[:, None].double())
     assert_close(scores, y @ (0.5 * weight.double()), 2e-6)
     gradients, buffers = zip(*(nan_padded(torch.ones_like(t)) for t in (query, key, weight)))
-    sums.add_gradients(d_scores, query, key, *gradients)
-    slopes = d_scores.double()[..., None] * (1 - y * y)
+    sums.add_gradients(d_scores, query, key, weight, *gradients)
+    slopes = d_scores.double()[..., None] * (1 - y * y) * weight.double()
     expected = 1 + slopes.sum(2), 1 + slopes.sum(1), 1 + torch.einsum("bqk,bqkc->c", d_scores.double(), y)
     for got, truth, buffer in zip(gradients, expected, buffers):
         assert_close(got, truth, 5e-6)
