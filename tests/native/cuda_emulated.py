@@ -54,8 +54,12 @@ def _reference_backward(grad, x, mean_offsets, c, mask, options):
     return torch.empty_like(x).copy_(dx), *gradients
 
 
-_found = native._Library(
-    _forward, _backward, None, None, None, None, lambda: b"emulated CUDA", lambda: b"emulated", None, 0
+_found = native._Library(**dict.fromkeys(native._Library._fields))._replace(
+    forward=_forward,
+    backward=_backward,
+    instruction_set=lambda: b"emulated CUDA",
+    instruction_sets=lambda: b"emulated",
+    flags=0,
 )
 native._load = lambda: _found
 native.density_forward = _serve_float64(native.density_forward, _reference_forward)
