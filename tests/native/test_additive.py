@@ -1,5 +1,6 @@
 """Additive attention on the native library: against float64 over anything that fits, its tanh, threads, memory."""
 
+import ctypes
 import math
 
 import hypothesis.strategies as st
@@ -7,7 +8,7 @@ import pytest
 import torch
 from additive import assert_contract, exact, masks, problem, public, results, seeded
 from children import python
-from daam_kernels import additive_attention, native
+from daam_kernels import additive_attention, native, native_additive
 from daam_kernels.native_additive import NativeActivations
 from daam_kernels.options import AdditiveProblem
 from hypothesis import given, settings
@@ -96,7 +97,10 @@ def test_any_number_of_threads_gives_the_same_bits(shape):
 def test_no_access_out_of_bounds(shape):
     """What lies around the tensors is NaN: it must neither be written nor find its way into a result."""
     sums, query, key, weight, d_scores = activations(*shape)
-    scores, buffer = nan_padded(sums.scores(query, key, weight, 0.5))
+    scores, buffer = nan_padded(torch.empty(d_scores.shape))
+    block = native_additive._block(query, key, scale=0.5)
+    native.additive_scores(ctypes.addressof(block), *(t.data_ptr() for t in (query, key, weight, scores)))
+    assert_margins_intact(buffer)
     y = torch.tanh(query[:, :, None].double() + key[:, None].double())
     assert_close(scores, y @ (0.5 * weight.double()), 2e-6)
     gradients, buffers = zip(*(nan_padded(torch.ones_like(t)) for t in (query, key, weight)))
