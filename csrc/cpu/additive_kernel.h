@@ -22,7 +22,8 @@ constexpr float kMostTanh = 20.0f;           // from 9.1 on it is 1
 DAAM_INLINE V<float> tanh_of(V<float> x) {
   const V<float> a = 2.885390081777927f * minimum(splat<float>(kMostTanh), absolute<float>(x));  // e^-2|x| = 2^-a
   const V<float> t = kWhole - a, r = (kWhole - t) - a;
-  V<float> p = splat<float>(1.5453163e-4f);  // 2^r - 1
+  // 2^r - 1 over r for |r| <= 1/2, interpolated at Chebyshev's nodes: relative error 1.2e-8.
+  V<float> p = splat<float>(1.5453163e-4f);
   p = p * r + 1.3390863e-3f;
   p = p * r + 9.618083e-3f;
   p = p * r + 5.550357e-2f;
@@ -35,7 +36,7 @@ DAAM_INLINE V<float> tanh_of(V<float> x) {
   return (V<float>)((Mask<float>)result | ((Mask<float>)x & INT32_MIN));
 }
 
-// body(first unit, units) for vector after vector of hidden units, the last one perhaps of fewer units.
+// body(c, load) for vector after vector of hidden units, which begin at c; the last one is filled up with zeros.
 template <class Body>
 DAAM_INLINE void over_hidden(int64_t hidden, const Body& body) {
   constexpr int N = Vector<float>::N;
