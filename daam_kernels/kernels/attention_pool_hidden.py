@@ -10,14 +10,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .additive_math import operand
+from .attention_pool_layers import hidden_gate, hidden_tanh
 from .attention_pool_rows import add_rows, bag_chunk, is_valid, load_rows, no_rows, store_softmax
-from .attention_pool_scores import hidden_gate, hidden_tanh
 from .density_math import LN_2
 
 
 @triton.jit
-def add_scores(scores, phi, query_ptr, c, h, hops, HIDDEN: tl.constexpr):
+def add_scores(
+    scores, phi, query_ptr, c, h, hops, HIDDEN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
     """[BLOCK_H, BLOCK_T], and what the hidden units c have to add, phi [BLOCK_T, BLOCK_C]."""
+    if scores.shape[0] >= 16:  # which tl.dot takes
+        of_units = (h < hops)[:, None] & (c < HIDDEN)[None, :]
+        queries = tl.load(query_ptr + h[:, None] * HIDDEN + c[None, :], mask=of_units, other=0.0)
+        return tl.dot(operand(queries), tl.trans(operand(phi)), scores, input_precision=PRECISION, out_dtype=ACC)
     for number in range(0, hops):
         query = tl.load(query_ptr + number * HIDDEN + c, mask=c < HIDDEN, other=0.0)
         of_hop = tl.sum(phi * query[None, :], axis=1)
@@ -43,7 +50,7 @@ def hidden_scores(
                 row, inside, gate_weight_ptr, gate_bias_ptr, c, HIDDEN, E, PRECISION, TYPE, ACC, BLOCK_T, BLOCK_C,
                 BLOCK_K,
             )  # fmt: skip
-        scores = add_scores(scores, phi, query_ptr, c, h, hops, HIDDEN)
+        scores = add_scores(scores, phi, query_ptr, c, h, hops, HIDDEN, PRECISION, ACC)
     return scores
 
 
@@ -67,7 +74,7 @@ def pool_hidden_sums(
 
     A tile of BLOCK_T rows has its scores, and is then summed up BLOCK_R rows at a time. The query comes times log2 e.
     """
-    bag, first, begin, end = bag_chunk(cu_seqlens_ptr, lengths_ptr, length, num_chunks, BLOCK_T)
+    bag, first, begin, end = bag_chunk(tl.program_id(0), cu_seqlens_ptr, lengths_ptr, length, num_chunks, BLOCK_T)
     h = tl.arange(0, BLOCK_H)
     e = tl.arange(0, BLOCK_E)
     t = tl.arange(0, BLOCK_T)
@@ -92,4 +99,4 @@ def pool_hidden_sums(
                 top, total, sums, part_of(scores, part, BLOCK_T, BLOCK_R), x, (h < hops)[:, None] & there[None, :],
                 keep_ptr, score_base[:, None] + some[None, :], KEEP_SCALE,
             )  # fmt: skip
-    store_softmax(sums_ptr, tops_ptr, totals_ptr, top, total, sums, h, hops, e, True, E)
+    store_softmax(sums_ptr, tops_ptr, totals_ptr, top, total, sums, h, hops, e, E)

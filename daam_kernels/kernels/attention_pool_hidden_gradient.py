@@ -14,8 +14,8 @@ import triton.language as tl
 
 from .additive_math import operand
 from .attention_pool_hidden import add_scores
-from .attention_pool_rows import bag_chunk, is_valid, load_rows
-from .attention_pool_scores import hidden_gate, hidden_tanh
+from .attention_pool_layers import hidden_gate, hidden_tanh
+from .attention_pool_rows import bag_chunk, is_valid, load_rows, shares_and_gradient
 from .density_math import LN_2, LOG2_E
 
 
@@ -29,7 +29,7 @@ def segment_chunk(
     cu_seqlens_ptr, lengths_ptr, length, num_chunks, first_row, end_row, BLOCK_T: tl.constexpr
 ):  # fmt: skip
     """``bag_chunk``, of the rows first_row to end_row of all; and where in these the bag's first row would be."""
-    bag, first, begin, end = bag_chunk(cu_seqlens_ptr, lengths_ptr, length, num_chunks, BLOCK_T)
+    bag, first, begin, end = bag_chunk(tl.program_id(0), cu_seqlens_ptr, lengths_ptr, length, num_chunks, BLOCK_T)
     segment_row = bag * length - first_row
     if cu_seqlens_ptr is not None:
         segment_row = first - first_row
@@ -83,7 +83,7 @@ def pool_hidden_gradient(
                 BLOCK_K,
             )  # fmt: skip
             phi = tanh * gate
-        score = add_scores(tl.zeros([BLOCK_H, BLOCK_T], ACC), phi, query_ptr, c, h, hops, HIDDEN)
+        score = add_scores(tl.zeros([BLOCK_H, BLOCK_T], ACC), phi, query_ptr, c, h, hops, HIDDEN, PRECISION, ACC)
         d_share = tl.zeros([BLOCK_H, BLOCK_T], ACC)
         for first_e in range(0, E, BLOCK_E):
             e = first_e + tl.arange(0, BLOCK_E)
@@ -93,15 +93,9 @@ def pool_hidden_gradient(
                 d_share += tl.where((h == number)[:, None], tl.sum(grad[None, :] * x, axis=1)[None, :], 0.0)
         counts = (h < hops)[:, None] & inside[None, :]
         score_at = bag * score_stride_b + h.to(tl.int64)[:, None] * score_stride_h + row[None, :]
-        if grad_weights_ptr is not None:
-            d_share += tl.load(grad_weights_ptr + score_at, mask=counts, other=0.0)
-        share = tl.where(counts, tl.exp2(score - lse[:, None]), 0.0)
-        given = share
-        if keep_ptr is not None:
-            kept = tl.load(keep_ptr + score_at, mask=counts, other=0) != 0
-            d_share = tl.where(kept, d_share * KEEP_SCALE, 0.0)
-            given = tl.where(kept, share * KEEP_SCALE, 0.0)
-        d_score = tl.where(counts, share * (d_share - inner[:, None]), 0.0)
+        given, d_score = shares_and_gradient(
+            score, d_share, counts, score_at, keep_ptr, grad_weights_ptr, lse[:, None], inner[:, None], KEEP_SCALE
+        )
         d_phi = tl.zeros([BLOCK_T, BLOCK_C], ACC)
         for number in range(0, hops):
             of_rows = of_hop(d_score, h, number)
@@ -207,5 +201,5 @@ def pool_layer_sums(
         d_bias += tl.sum(d_hidden, axis=0)
     at = (chunk * UNITS + c)[:, None] * E + e[None, :]
     tl.store(d_weight_ptr + at, d_weight, mask=(c < UNITS)[:, None] & (e < E)[None, :])
-    if tl.program_id(1) == 0:
+    if d_bias_ptr is not None and tl.program_id(1) == 0:
         tl.store(d_bias_ptr + chunk * UNITS + c, d_bias, mask=c < UNITS)

@@ -1,4 +1,4 @@
-"""What the kernels of attention pooling share: whose rows are a program's, and the running softmax and sums of rows."""
+"""What the kernels of attention pooling share: whose rows are a program's, a running softmax and sums, its gradient."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from .density_math import FAR
 
 
 @triton.jit
-def bag_chunk(cu_seqlens_ptr, lengths_ptr, length, num_chunks, BLOCK_T: tl.constexpr):
-    """(bag, its first row among packed ones, first and end of the rows in it that are this program's)."""
-    number = tl.program_id(0)
+def bag_chunk(number, cu_seqlens_ptr, lengths_ptr, length, num_chunks, BLOCK_T: tl.constexpr):
+    """(bag, its first row among packed ones, first and end of the rows in it that are of chunk ``number``)."""
     bag = (number // num_chunks).to(tl.int64)
     chunk = number % num_chunks
     first = tl.zeros([], tl.int64)
@@ -65,19 +64,37 @@ def add_rows(top, total, sums, score, x, counts, keep_ptr, score_at, KEEP_SCALE:
 
 
 @triton.jit
-def store_sums(sums_ptr, sums, h, hops, e, E: tl.constexpr):
+def store_sums(sums_ptr, number, sums, h, hops, e, E: tl.constexpr):
     """Of a chunk, joined over the rows of the tile."""
-    at = (tl.program_id(0).to(tl.int64) * hops + h)[:, None] * E + e[None, :]
+    at = (number.to(tl.int64) * hops + h)[:, None] * E + e[None, :]
     tl.store(sums_ptr + at, tl.sum(sums, axis=1), mask=(h < hops)[:, None] & (e < E)[None, :])
 
 
 @triton.jit
-def store_softmax(sums_ptr, tops_ptr, totals_ptr, top, total, sums, h, hops, e, first, E: tl.constexpr):
-    """A chunk's running softmax, joined over the rows of the tile; the program that is ``first`` has its scores'."""
+def store_softmax(sums_ptr, tops_ptr, totals_ptr, top, total, sums, h, hops, e, E: tl.constexpr):
+    """A chunk's running softmax, joined over the rows of the tile."""
     highest = tl.max(top, axis=1)
     fade = tl.exp2(top - highest[:, None])
-    if first:
-        of_chunk = tl.program_id(0).to(tl.int64) * hops + h
-        tl.store(tops_ptr + of_chunk, highest, mask=h < hops)
-        tl.store(totals_ptr + of_chunk, tl.sum(total * fade, axis=1), mask=h < hops)
-    store_sums(sums_ptr, sums * fade[:, :, None], h, hops, e, E)
+    of_chunk = tl.program_id(0).to(tl.int64) * hops + h
+    tl.store(tops_ptr + of_chunk, highest, mask=h < hops)
+    tl.store(totals_ptr + of_chunk, tl.sum(total * fade, axis=1), mask=h < hops)
+    store_sums(sums_ptr, tl.program_id(0), sums * fade[:, :, None], h, hops, e, E)
+
+
+@triton.jit
+def shares_and_gradient(
+    score, d_share, counts, score_at, keep_ptr, grad_weights_ptr, lse, inner, KEEP_SCALE: tl.constexpr
+):
+    """(the weights that rows were given, the gradient of their scores) where they count, else 0.
+
+    ``score`` and ``lse`` come times log2 e; ``d_share`` is the rows' product with the gradient of the context.
+    """
+    if grad_weights_ptr is not None:
+        d_share += tl.load(grad_weights_ptr + score_at, mask=counts, other=0.0)
+    share = tl.where(counts, tl.exp2(score - lse), 0.0)
+    given = share
+    if keep_ptr is not None:
+        kept = tl.load(keep_ptr + score_at, mask=counts, other=0) != 0
+        d_share = tl.where(kept, d_share * KEEP_SCALE, 0.0)
+        given = tl.where(kept, share * KEEP_SCALE, 0.0)
+    return given, tl.where(counts, share * (d_share - inner), 0.0)

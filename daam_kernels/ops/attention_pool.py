@@ -1,8 +1,8 @@
 """Attention pooling as an operator: ``torch.ops.daam_kernels.attention_pool`` and its backward.
 
 Its results are small beside x, and of the arithmetic's type, so that nothing is rounded between forward and backward.
-Triton's kernels take the softmax and the sums over rows, and the hidden layer of additive and gated scores with them
-where a program has room for both; else its products come before them, in a kernel or block by block by torch.
+Triton's kernels take the scores, with the hidden layer of additive and gated ones, the softmax and the sums over rows
+in one sweep.
 """
 
 from __future__ import annotations

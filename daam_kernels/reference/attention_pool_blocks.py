@@ -1,5 +1,4 @@
-"""Attention pooling block by block, for bags that are large, many or ragged: what a CPU runs, and the scores' part of a
-GPU's.
+"""Attention pooling block by block, for bags that are large, many or ragged: what a CPU runs.
 
 A block is a run of rows that stays in the cache: of one bag, of several of a batch, or of several packed ones, the
 rows of each of which are then told apart by a mask. Forward, every row is read once, and the softmax of a bag is

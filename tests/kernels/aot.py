@@ -158,6 +158,8 @@ POOLS = {
     "pool, additive": PoolCase((4, 500, 512), hidden=128),
     "pool, odd and gated": PoolCase((4, 200, 333), hops=3, hidden=37, gated=True, aligned=False),
     "pool, all options": PoolCase((4, 200, 512), hidden=16, options=True),
+    "pool, wide": PoolCase((4, 500, 600), hops=30, hidden=352, gated=True),
+    "pool, wide with all options": PoolCase((4, 200, 512), hops=40, hidden=160, options=True),
 }
 # A mixture in whole tiles, its Gaussians in no loop, and without a gradient, so that instructions can be counted: for
 # one type each.
@@ -186,18 +188,25 @@ JOBS += [
     (f"pool, {score}", "bf16", target) for score in ("gated", "additive") for target in ("sm_80", "sm_100", "gfx942")
 ]
 JOBS += [("pool, gated", "fp32", "sm_80"), ("pool, gated", "fp32", "gfx942"), ("pool, odd and gated", "fp32", "sm_80")]
+JOBS += [("pool, odd and gated", "bf16", "gfx942")]
 JOBS += [("pool, all options", "fp64", "sm_80")]  # masks, beside products of float64
+JOBS += [("pool, wide", "bf16", target) for target in ("sm_80", "sm_100", "gfx942")]
+JOBS += [("pool, wide", "fp32", target) for target in ("sm_80", "gfx942")]
+JOBS += [("pool, wide with all options", "fp64", target) for target in ("sm_80", "sm_90")]
+JOBS += [("pool, longer rows", "fp64", "sm_90"), ("pool, longer rows", "bf16", "gfx942")]
 
 # additive_gradients adds two numbers per thread at a time.
 READERS = {
     "additive_gradients",
     "additive_output",
-    "pool_hidden_scores",
     "pool_hidden_gradient",
     "pool_hidden_sums",
     "pool_layer_sums",
-    "pool_products",
+    "pool_query_sums",
     "pool_sums",
+    "pool_wide_gradient",
+    "pool_wide_hidden_gradient",
+    "pool_wide_sums",
     "split_statistics",
     "split_normaliser",
     "split_sums",
@@ -211,6 +220,7 @@ WRITERS = {
     "additive_output",
     "pool_gradient",
     "pool_hidden_dx",
+    "pool_wide_gradient",
 }
 
 
@@ -367,17 +377,10 @@ def compile_pool(case: PoolCase, dtype: torch.dtype, target: str) -> list[dict]:
     """The same of a case of attention pooling."""
     from triton.runtime.jit import JITFunction
 
-    from daam_kernels.kernels import (
-        additive_host,
-        attention_pool,
-        attention_pool_hidden,
-        attention_pool_hidden_gradient,
-        attention_pool_scores,
-    )
+    from daam_kernels.kernels import additive_host, attention_pool
     from daam_kernels.ops.attention_pool import Pooling
 
-    modules = attention_pool, attention_pool_hidden, attention_pool_hidden_gradient, attention_pool_scores
-    jitted = [f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)]
+    jitted = [f for f in vars(attention_pool).values() if isinstance(f, JITFunction)]
     for function in jitted:
         function.device_caches.clear()
     additive_host.ON_NVIDIA = TARGETS[target][0] == "cuda"

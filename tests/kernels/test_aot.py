@@ -43,13 +43,15 @@ def test_kernels_compile_without_faults(compiled, name, dtype, target):
         assert not aot.faults(name, target, kernel), kernel
     if name in aot.POOLS:
         if aot.CASES[name].hidden:
-            of_layers = ["pool_hidden_gradient", "pool_hidden_dx", "pool_layer_sums"]
-            assert launched == ["pool_hidden_sums", "pool_merge", *of_layers]
+            wide = "wide" in name or name == "pool, odd and gated" and target.startswith("gfx")
+            of_layers = ["pool_hidden_dx", "pool_layer_sums"] + ["pool_layer_sums"] * wide
+            forward = "pool_wide_sums" if "wide" in name else "pool_hidden_sums"
+            backward = "pool_wide_hidden_gradient" if wide else "pool_hidden_gradient"
+            assert launched == [forward, "pool_merge", backward, *of_layers]
             return
-        products = ["pool_products"] * (name == "pool, longer rows")
-        assert launched == [
-            *products, "pool_sums", "pool_merge", *products * 2, "pool_gradient", "pool_sums"
-        ]  # fmt: skip
+        forward = "pool_wide_sums" if name in ("pool, hops", "pool, longer rows") else "pool_sums"
+        gradient = "pool_wide_gradient" if name == "pool, longer rows" else "pool_gradient"
+        assert launched == [forward, "pool_merge", gradient, "pool_query_sums"]
         return
     if isinstance(aot.CASES[name], aot.AdditiveCase):
         assert launched[0] == "additive_output" and "additive_gradients" in launched
