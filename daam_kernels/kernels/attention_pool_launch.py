@@ -140,15 +140,16 @@ def hidden_launch(hidden: int, embed_dim: int, strides: tuple[int, ...], itemsiz
     if launch.LIMIT_REGISTERS or gcd(8, embed_dim, *strides) == 1:
         rows, columns = _NVIDIA_ROWS, _HIDDEN_COLUMNS if block_c <= _FEW_UNITS else _NVIDIA_COLUMNS
     block_k = max(_MULTIPLIED, min(launch._power_of_two(embed_dim), 2 * columns // itemsize))
-    return HiddenLaunch(rows, block_c, block_k)
+    cached = max(_MULTIPLIED, 2 * _cached_rows(embed_dim, itemsize))  # one program's registers fill a processor
+    return HiddenLaunch(min(rows, cached), block_c, block_k)
 
 
 def wide_hidden_launch(hidden: int, embed_dim: int, strides: tuple[int, ...], itemsize: int) -> HiddenLaunch:
-    """The same beside blocks of hops, whose products take registers too; of few rows, where those are long."""
-    tile = hidden_launch(hidden, embed_dim, strides, itemsize)
-    rows = _MULTIPLIED if _WIDE_ROWS * embed_dim * itemsize > _CACHED else _WIDE_ROWS
-    units = 2 * _FEW_UNITS if launch.LIMIT_REGISTERS else _FEW_UNITS
-    return replace(tile, block_t=min(tile.block_t, rows), block_c=min(tile.block_c, units))
+    """The same beside blocks of hops, whose products take registers too."""
+    odd = gcd(8, embed_dim, *strides) == 1
+    units = _FEW_UNITS * (2 if launch.LIMIT_REGISTERS and itemsize == 2 and not odd else 1)
+    tile = hidden_launch(min(hidden, units), embed_dim, strides, itemsize)
+    return replace(tile, block_t=min(tile.block_t, _MULTIPLIED if odd else _WIDE_ROWS))
 
 
 def hidden_pool_launch(
@@ -178,15 +179,15 @@ def wide_pool_launch(
 
     With ``gradient`` for the sweep that writes dx of such scores, and has all hops; ``strides`` are then of dx too.
     """
-    cached = max(1, _CACHED // (embed_dim * itemsize))  # rows
-    cached = min(_MOST_CACHED_ROWS, 1 << (cached.bit_length() - 1))
+    vec = gcd(16 // itemsize, embed_dim, *strides)
+    cached = _cached_rows(embed_dim, itemsize)
     tile = None if hidden is None else wide_hidden_launch(hidden, embed_dim, strides, multiplied)
     block_t = min(_WIDE_ROWS, cached) if tile is None else tile.block_t
     block_s = max(block_t, min(cached, launch._power_of_two(max(1, longest))))
     most, hops_to = _elements(itemsize), launch._power_of_two(hops)
     if block_t < _MULTIPLIED:
         block_h = min(hops_to, _MOST_HOPS)
-        block_e = block_k = most // (block_h * block_t)
+        block_e = block_k = (most // 2 if gradient else most) // (block_h * block_t)
     else:
         block_h = max(_MULTIPLIED, min(hops_to, _WIDE_HOPS))
         block_k = max(_MULTIPLIED, 2 * _NVIDIA_COLUMNS // itemsize) if tile is None else tile.block_k
@@ -196,7 +197,6 @@ def wide_pool_launch(
     hop_blocks = 1 if gradient else -(-hops // block_h)
     # a chunk's sums are small beside its rows
     num_chunks = _chunks(num_bags * hop_blocks, longest, max(_TILES * block_s, _ROWS_PER_UNIT * hops))
-    vec = gcd(16 // itemsize, embed_dim, *strides)
     return WidePoolLaunch(tile, block_e, block_h, block_s, block_t, block_k, vec, num_chunks, hop_blocks)
 
 
@@ -264,6 +264,12 @@ def pool_launch(
 def _chunks(programs: int, longest: int, least: int, wanted: int | None = None) -> int:
     """Of so many ``programs``, for ``wanted`` or PROGRAMS to be there; the longest bag has ``least`` rows in each."""
     return max(1, min(-(-(wanted or PROGRAMS) // max(1, programs)), -(-longest // least)))
+
+
+def _cached_rows(embed_dim: int, itemsize: int) -> int:
+    """As many as stay in the cache until they are read again; a power of two."""
+    rows = max(1, _CACHED // (embed_dim * itemsize))
+    return min(_MOST_CACHED_ROWS, 1 << (rows.bit_length() - 1))
 
 
 def _options(num_warps: int) -> dict[str, int | bool]:
