@@ -17,9 +17,8 @@ PROGRAMS = 528  # that bags are cut for: four for each of an H200's 132 processo
 _ELEMENTS = 8192  # of a tile, of float32; a quarter of float64
 _MOST_ROWS, _MOST_HOPS, _MOST_WARPS = 64, 8, 8
 _OF_LONG_ROWS = 8  # share of a tile that a row of a block of columns takes
-_CACHED = (
-    1 << 17
-)  # bytes of x that a program reads again: of two on each of 132 processors they fill two thirds of an H200's L2 cache
+# Bytes of x that a program reads again: of two on each of an H200's processors they fill two thirds of its L2 cache.
+_CACHED = 1 << 17
 _MOST_CACHED_ROWS = 256
 _MULTIPLIED = 16  # the least that tl.dot takes of every size
 _WIDE_HOPS, _WIDE_COLUMNS = 32, 64  # of a tile of sums
@@ -32,7 +31,7 @@ _FEW_UNITS = 32  # that leave registers for more columns
 _MOST_UNITS = {2: 128, 4: 128, 8: 32}  # in a tile, by the bytes of what is multiplied
 _HIDDEN_ELEMENTS = 1 << 23  # of the hidden layer's gradient that are in memory at a time
 _SUMMED_UNITS, _SUMMED_ROWS = 32, 32  # of a tile of the layers' gradients
-_ROWS_PER_UNIT = 8  # at least, that the layers' gradients are summed over at a time: the sums are small beside x
+_ROWS_PER_UNIT = 8  # at least, of a hidden layer or a hop, that are summed up at a time: the sums are small beside x
 _TILES = 4  # at least, that a chunk of a bag has
 
 
@@ -191,12 +190,11 @@ def wide_pool_launch(
     else:
         block_h = max(_MULTIPLIED, min(hops_to, _WIDE_HOPS))
         block_k = max(_MULTIPLIED, 2 * _NVIDIA_COLUMNS // itemsize) if tile is None else tile.block_k
-        block_e = max(
-            _MULTIPLIED, min(launch._power_of_two(embed_dim), _WIDE_COLUMNS if itemsize < 8 else _WIDE_COLUMNS // 2)
-        )
+        columns = _WIDE_COLUMNS if itemsize < 8 else _WIDE_COLUMNS // 2
+        block_e = max(_MULTIPLIED, min(launch._power_of_two(embed_dim), columns))
     hop_blocks = 1 if gradient else -(-hops // block_h)
-    # a chunk's sums are small beside its rows
-    num_chunks = _chunks(num_bags * hop_blocks, longest, max(_TILES * block_s, _ROWS_PER_UNIT * hops))
+    least = max(_TILES * block_t, block_s, _ROWS_PER_UNIT * hops)
+    num_chunks = _chunks(num_bags * hop_blocks, longest, least)
     return WidePoolLaunch(tile, block_e, block_h, block_s, block_t, block_k, vec, num_chunks, hop_blocks)
 
 

@@ -113,6 +113,7 @@ def pool_wide_sums(
                     share = tl.where(kept, share * KEEP_SCALE, 0.0)
                 x = load_rows(x_ptr, bag, row, inside, e, x_stride_b, x_stride_t, E, VEC, ACC)
                 sums = add_weighed(sums, share, x, PRECISION_BACK, ACC)
+            tl.debug_barrier()  # a number may be in several threads: all have read it before one writes it
             tl.store(sums_at, sums, mask=of_hops)
         tl.debug_barrier()
     tl.store(tops_ptr + of_chunk, top, mask=h < hops)

@@ -105,7 +105,7 @@ def test_tiles_of_wide_sweeps(bags, longest, hops, hidden, embed_dim, sizes, gra
     assert embed_dim % found.vec == 0 and found.vec * sizes[0] <= 16
     assert found.num_chunks == 1 or (found.num_chunks - 1) * bags * found.hop_blocks < launches.PROGRAMS
     # a chunk's sums are small beside its rows
-    assert (found.num_chunks - 1) * max(4 * found.block_s, 8 * hops) < max(1, longest)
+    assert (found.num_chunks - 1) * max(4 * found.block_t, found.block_s, 8 * hops) < max(1, longest)
 
 
 @given(
