@@ -19,13 +19,13 @@ than some 20 KB, those of all programs at once are more than an H200's cache hol
 from __future__ import annotations
 
 import functools
+from math import gcd
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
 from ..sequences import packing
 from .attention_pool_hidden import pool_hidden_sums
@@ -47,6 +47,8 @@ from .attention_pool_wide_gradient import pool_wide_gradient, pool_wide_hidden_g
 from .host import device_of
 
 if TYPE_CHECKING:
+    from triton.runtime.jit import JITFunction
+
     from ..ops.attention_pool import Pooling
 
 _MERGED_CHUNKS, _MERGED_COLUMNS = 16, 128
@@ -138,6 +140,7 @@ def _hidden_backward(pooling: Pooling, x: Tensor, given: dict, dx: Tensor) -> li
     valid = None if valid is None else valid.contiguous().view(torch.uint8).flatten()
     if not launch.whole:
         phi, d_scores = new((kept, hidden)), new((kept, hops))
+        phi_vec = gcd(16 // phi.itemsize, hidden)
         shared |= dict(phi_ptr=phi, d_scores_ptr=d_scores)
     sums = [t.new_zeros(t.shape[1:], dtype=torch.float64) for t in (d_query, d_weight, d_bias)]
     num_rows = x.numel() // embed_dim
@@ -158,7 +161,7 @@ def _hidden_backward(pooling: Pooling, x: Tensor, given: dict, dx: Tensor) -> li
                     **shared | dict(
                         x_ptr=phi, valid_ptr=None if valid is None else valid[first:end], d_hidden_ptr=d_scores,
                         d_weight_ptr=d_query, d_bias_ptr=None, first_row=0, end_row=end - first, length=kept,
-                        x_stride_b=0, x_stride_t=hidden, UNITS=hops, E=hidden, VEC=1,
+                        x_stride_b=0, x_stride_t=hidden // phi_vec, UNITS=hops, E=hidden, VEC=phi_vec,
                     ),
                 )  # fmt: skip
             for total, found in zip(sums, (d_query, d_weight, d_bias)):
