@@ -148,8 +148,12 @@ def test_x_is_read_once_forward_and_twice_backward(
 @pytest.mark.parametrize(
     "score, kind, hops, hidden, embed_dim", [("dot", "packed", 40, 1, 9), ("gated", "dense", 40, 70, 20)]
 )
-def test_dropout_of_many_hops(score, kind, hops, hidden, embed_dim):
-    p = problem(score, kind, torch.float64, DEVICE, lengths=(40, 0, 5), embed_dim=embed_dim, hops=hops, hidden=hidden)
+def test_dropout_of_many_hops(monkeypatch, score, kind, hops, hidden, embed_dim):
+    """Of a bag in one chunk, whose rows are summed up 32 at a time, in two tiles, on top of what is in memory."""
+    for name, value in dict(PROGRAMS=1, _WIDE_ROWS=16, _MOST_CACHED_ROWS=32).items():
+        monkeypatch.setattr(attention_pool_launch, name, value)
+    sizes = dict(lengths=(75, 0, 5), embed_dim=embed_dim, hops=hops, hidden=hidden)
+    p = problem(score, kind, torch.float64, DEVICE, **sizes)
     torch.manual_seed(1)
     got = evaluate(p, "triton", dropout_p=0.3)
     torch.manual_seed(1)
