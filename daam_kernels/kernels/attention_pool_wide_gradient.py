@@ -135,9 +135,7 @@ def pool_wide_hidden_gradient(
                 d_score = tl.load(d_scores_ptr + kept_row[:, None] * hops + h[None, :], mask=of_rows, other=0.0)
                 of_hops = (h < hops)[:, None] & (c < HIDDEN)[None, :]
                 query = tl.load(query_ptr + h[:, None] * HIDDEN + c[None, :], mask=of_hops, other=0.0) * LN_2
-                d_phi = tl.dot(
-                    operand(d_score), operand(query), d_phi, input_precision=PRECISION_BACK, out_dtype=ACC
-                )  # fmt: skip
+                d_phi = tl.dot(operand(d_score), operand(query), d_phi, input_precision=PRECISION_BACK, out_dtype=ACC)
             of_units = there[:, None] & (c < HIDDEN)[None, :]
             hidden_at = d_hidden_ptr + kept_row[:, None] * UNITS + c[None, :]
             phi = tanh
