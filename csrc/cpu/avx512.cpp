@@ -5,6 +5,7 @@
 DAAM_TARGET_BEGIN("avx2,fma,f16c")
 #else
 DAAM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define DAAM_AVX512 1
 #endif
 #define DAAM_VECTOR_BYTES 64
 #include "additive_kernel.h"

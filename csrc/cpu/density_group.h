@@ -12,15 +12,12 @@ using daam::kLog2E;
 
 enum class Padding { kNone, kZeros, kExcluded };
 
-// Layouts. kLength: elements of a slice where the compiler is told, else 0.
+// Layouts.
 struct InRows {
   static constexpr bool kRows = true;
-  static constexpr int kLength = 0;
 };
-template <int LENGTH = 0>
 struct InColumns {
   static constexpr bool kRows = false;
-  static constexpr int kLength = LENGTH;
 };
 
 // How many elements the statistics count, and what they multiply by to divide by them, and by one less; of two at least.
@@ -167,11 +164,6 @@ struct Slot {
 template <class T, class L, int SLOTS = 1, class Body, class AfterBlock>
 DAAM_INLINE void sweep(int64_t n, Body body, AfterBlock after_block) {
   constexpr int64_t N = L::kRows ? Vector<T>::N : 1;
-  if constexpr (L::kLength > 0) {
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < L::kLength; i++) body(i, Whole<T>(), Slot<-1>());
-    return after_block();
-  }
   const int64_t whole = n / N;
   for (int64_t first = 0; first < whole; first += kBlock) {
     const int64_t end = first + kBlock < whole ? first + kBlock : whole;

@@ -47,7 +47,7 @@ void run_task(Job<T>& job, int64_t task) {
     for (int64_t j = 0; j < unit.groups(); j += unit.together()) {
       const int count = (int)least(unit.together(), unit.groups() - j);
       SliceSums<T> sums[kTogether];
-      work_on_groups<T, typename Unit::Layout, P, BACKWARD>(unit.take(j, count), count, job.rules, sums);
+      unit.work_on(j, count, sums);
       if constexpr (BACKWARD) unit.add(sums, count, j, job.sums + task * job.problem.num_heads * 4);
     }
     unit.write_back();

@@ -14,9 +14,9 @@ struct Density {
   Normaliser<T> normaliser;
 };
 
-// Whether a group may ask for products. A short one would save nothing: it is all in registers.
+// Whether a group may ask for products.
 template <class L, Padding P, bool BACKWARD>
-constexpr bool kProducts = !L::kRows && !BACKWARD && P == Padding::kNone && L::kLength == 0;
+constexpr bool kProducts = !L::kRows && !BACKWARD && P == Padding::kNone;
 
 template <class T, class L, Padding P, bool BACKWARD, bool EXACT>
 DAAM_INLINE void sweep_densities(const Group<T>& g, const Mask<T>& asked, const Origin<T>& o, Totals<T>& found) {
@@ -63,9 +63,9 @@ DAAM_INLINE void differentiate(const Group<T>& g, const Density<T>& d, bool resi
 // Groups that are worked on together: a processor that waits for one group's root can go on with the next group's.
 constexpr int kTogether = 4;
 
-// sums: of each group, the backward's.
+// Forward or backward of up to kTogether groups of slices of one length. sums: of each group, the backward's.
 template <class T, class L, Padding P, bool BACKWARD>
-DAAM_INLINE void work_on(const Group<T>* groups, int count, const Rules& rules, SliceSums<T>* sums) {
+void work_on_groups(const Group<T>* groups, int count, const Rules& rules, SliceSums<T>* sums) {
   Density<T> found[kTogether];
   for (int b = 0; b < count; b++) find_statistics<T, L, P>(groups[b], rules.eps, found[b].statistics);
   for (int b = 0; b < count; b++) find_totals<T, L, P, BACKWARD>(groups[b], found[b]);
@@ -79,31 +79,6 @@ DAAM_INLINE void work_on(const Group<T>* groups, int count, const Rules& rules, 
     else
       write_output<T, L, P>(groups[b], d.normaliser, d.statistics.count.n, rules.residual);
   }
-}
-
-constexpr int kShort = 8;  // elements
-
-// Slices of up to kShort elements, the layers of a network among them, cost little but what is done once a slice: with
-// their length told and everything in one place, that is all they cost.
-template <class T, Padding P, bool BACKWARD, int LENGTH>
-__attribute__((flatten, noinline)) void work_on_short(
-    const Group<T>* groups, int count, const Rules& rules, SliceSums<T>* sums) {
-  work_on<T, InColumns<LENGTH>, P, BACKWARD>(groups, count, rules, sums);
-}
-
-// Forward or backward of up to kTogether groups of slices of one length.
-template <class T, class L, Padding P, bool BACKWARD>
-void work_on_groups(const Group<T>* groups, int count, const Rules& rules, SliceSums<T>* sums) {
-  if constexpr (!L::kRows && sizeof(T) == 4 && P == Padding::kNone) switch (groups->row[0].n) {
-      case 2: return work_on_short<T, P, BACKWARD, 2>(groups, count, rules, sums);
-      case 3: return work_on_short<T, P, BACKWARD, 3>(groups, count, rules, sums);
-      case 4: return work_on_short<T, P, BACKWARD, 4>(groups, count, rules, sums);
-      case 5: return work_on_short<T, P, BACKWARD, 5>(groups, count, rules, sums);
-      case 6: return work_on_short<T, P, BACKWARD, 6>(groups, count, rules, sums);
-      case 7: return work_on_short<T, P, BACKWARD, 7>(groups, count, rules, sums);
-      case 8: return work_on_short<T, P, BACKWARD, 8>(groups, count, rules, sums);
-    }
-  work_on<T, L, P, BACKWARD>(groups, count, rules, sums);
 }
 
 }  // namespace

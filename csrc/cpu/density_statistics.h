@@ -80,7 +80,7 @@ DAAM_INLINE V<T> guess_means(const Group<T>& g) {
   V<T> sums{}, counts{}, shares{};
   each_row<T, L>(g, g.lanes(), [&](int r) __attribute__((always_inline)) {
     const Row<T>& row = g.row[r];
-    const int64_t n = L::kLength ? L::kLength : row.n, some = n < most ? n : most;
+    const int64_t some = row.n < most ? row.n : most;
     V<T> sum{}, count{};
 #pragma GCC unroll 8
     for (int64_t i = 0; i < (L::kRows ? 1 : some); i++) {
@@ -124,11 +124,17 @@ DAAM_INLINE void finish_statistics(const Moments<T>& m, double eps, Statistics<T
   s.rstd = 1 / square_root(s.var);
 }
 
+// Slices whose first guess is more than a deviation from the mean: the squares would cancel.
+template <class T>
+DAAM_INLINE Mask<T> is_far(const Moments<T>& m, const Count<T>& count) {
+  return ~(m.first * count.share * m.first <= m.second * (T)0.5);
+}
+
 template <class T, class L, Padding P>
 DAAM_INLINE void find_statistics(const Group<T>& g, double eps, Statistics<T>& s) {
   count_elements<T, L, P>(g, s.count);
   Moments<T> m;
-  if (!L::kRows && L::kLength == 0 && P == Padding::kNone && g.moments) {
+  if (!L::kRows && P == Padding::kNone && g.moments) {
     m.shift = g.moments->shift;
     m.first = g.moments->first;
     m.second = g.moments->second;
@@ -139,12 +145,10 @@ DAAM_INLINE void find_statistics(const Group<T>& g, double eps, Statistics<T>& s
       find_moments<T, L, P, decltype(s)>(g, g.lanes(), m);
     });
   }
-  if constexpr (L::kLength == 0 || L::kLength > kGuessed) {
-    const Mask<T> far = ~(m.first * s.count.share * m.first <= m.second * (T)0.5) & g.lanes();
-    if (any(far)) {  // more than a deviation from the mean: the squares would cancel
-      m.shift = far ? m.shift + m.first * s.count.share : m.shift;
-      find_moments<T, L, P>(g, far, m);
-    }
+  const Mask<T> far = is_far<T>(m, s.count) & g.lanes();
+  if (any(far)) {
+    m.shift = far ? m.shift + m.first * s.count.share : m.shift;
+    find_moments<T, L, P>(g, far, m);
   }
   finish_statistics<T>(m, eps, s);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "density_job.h"
+#include "density_short.h"
 
 namespace {
 
@@ -56,6 +57,9 @@ class Rows {
   int64_t groups() const { return 1; }
   int together() const { return 1; }
   const Group<T>* take(int64_t, int) const { return &packed; }
+  void work_on(int64_t, int, SliceSums<T>* sums) const {
+    work_on_groups<T, Layout, P, BACKWARD>(&packed, 1, job.rules, sums);
+  }
 
   void write_back() const {
     const Places& here = places[flipped];
@@ -132,7 +136,9 @@ class Rows {
     size_t odd = 0;  // results go past the caches to whole vectors
     for (int r = 0; job.stream && r < here.count; r++) odd |= reinterpret_cast<size_t>(here.out[r]);
     write_here = p.out.row == 1 && odd % vector == 0 && (P == Padding::kNone || job.storage.format == Format::kSame);
-    const bool pairs = job.storage.format == Format::kBFloat16 && unpack_later && write_here &&
+    // Sums of pairs are added in another order. Whether a row's are must not depend on where the row happens to lie.
+    const bool even = (p.out.outer | p.out.inner | job.chunk) % (2 * N) == 0;
+    const bool pairs = job.storage.format == Format::kBFloat16 && unpack_later && write_here && even &&
                        odd % (2 * vector) == 0 && !job.tensors.weights;
     const Format format = pairs ? Format::kPairedBFloat16 : job.storage.format;
     packed.in_format = unpack_later ? format : Format::kSame;
@@ -170,7 +176,7 @@ class Columns {
   static constexpr int64_t N = Vector<T>::N;
 
  public:
-  typedef InColumns<> Layout;
+  typedef InColumns Layout;
 
   static int64_t scratch_bytes(const Job<T>& job, int64_t n) {
     const int64_t group = group_numbers(n);
@@ -200,11 +206,29 @@ class Columns {
       if (BACKWARD) row.z = arrays.take(one), row.q = arrays.take(one);
       packed[b].heads = &job.heads[head];
     }
+    const bool cut = run < job.longest;  // the next run, or the next unit
+    const int64_t next = !cut && unit + 1 < job.units ? unit + 1 : unit;
+    const int64_t row = job.column_head(next) * job.chunk + (cut && start + run < job.length(head) ? start + run : 0);
+    const Lanes there = job.column_lanes(next);
+    const auto next_at = [&](const void* base, const daam_strides& s) {
+      return static_cast<const char*>(base) + (row * s.row + there.offset(0, s)) * (int64_t)job.storage.size;
+    };
+    next_x = next_at(t.x, p.x);
+    if (BACKWARD) next_grad = next_at(t.grad, p.grad);
     x = {arrays.take(all), n, one};
+    first_packed = 0;
     const bool whole = P == Padding::kNone && run == job.longest;
-    const bool products = whole && n > kShort && !BACKWARD && !job.rules.residual && !t.weights;
-    factors = products ? reinterpret_cast<V<T>*>(arrays.take(groups() * N)) : nullptr;
+    is_short = whole && n >= 2 && n <= kLongestShort && sizeof(T) == 4 && !t.weights;
+    in_place = is_short && job.storage.format == Format::kSame && lanes.adjacent(p.x) && lanes.adjacent(p.out) &&
+               (!BACKWARD || lanes.adjacent(p.grad));
+    factors = nullptr;
     moments = nullptr;
+    if (in_place) {
+      if (BACKWARD) grad = {arrays.take(all), n, one};
+      return;
+    }
+    const bool products = whole && !is_short && !BACKWARD && !job.rules.residual && !t.weights;
+    if (products) factors = reinterpret_cast<V<T>*>(arrays.take(groups() * N));
     if (whole && n > kBesideEachOther && lanes.count % N == 0 && lanes.adjacent(p.x)) {
       moments = reinterpret_cast<Moments<T>*>(arrays.take(groups() * (int64_t)(sizeof(Moments<T>) / sizeof(T))));
       job.storage.pack_with_moments(at(t.x, p.x), p.x, lanes, x, moments);
@@ -220,15 +244,6 @@ class Columns {
       valid = reinterpret_cast<typename Vector<T>::integer*>(arrays.take(all));
       find_valid_tile<T>(x, t.mask ? t.mask + first_row * p.mask.row : nullptr, p, lanes, valid);
     }
-    const bool cut = run < job.longest;  // the next run, or the next unit
-    const int64_t next = !cut && unit + 1 < job.units ? unit + 1 : unit;
-    const int64_t row = job.column_head(next) * job.chunk + (cut && start + run < job.length(head) ? start + run : 0);
-    const Lanes there = job.column_lanes(next);
-    const auto next_at = [&](const void* base, const daam_strides& s) {
-      return static_cast<const char*>(base) + (row * s.row + there.offset(0, s)) * (int64_t)job.storage.size;
-    };
-    next_x = next_at(t.x, p.x);
-    if (BACKWARD) next_grad = next_at(t.grad, p.grad);
   }
 
   int64_t groups() const { return divide_up(lanes.count, N); }
@@ -236,10 +251,23 @@ class Columns {
   int together() const { return count; }
 
   // Groups from number j on, as many as that and no more than together().
+  void work_on(int64_t j, int groups, SliceSums<T>* sums) {
+    if constexpr (sizeof(T) == 4 && P == Padding::kNone)
+      if (is_short && (j + groups) * N <= lanes.count) return work_on_short<T, BACKWARD>(short_groups(j, groups), sums);
+    if (!in_place) return work_on_groups<T, Layout, P, BACKWARD>(take(j, groups), groups, job.rules, sums);
+    const daam_density& p = job.problem;
+    const Lanes some = {lanes.first + j * N, least(groups * N, lanes.count - j * N), lanes.inner};
+    first_packed = j;
+    job.storage.pack_tile(at(job.tensors.x, p.x), p.x, some, x);
+    if (BACKWARD) job.storage.pack_tile(at(job.tensors.grad, p.grad), p.grad, some, grad);
+    work_on_groups<T, Layout, P, BACKWARD>(take(j, groups), groups, job.rules, sums);
+    job.storage.unpack_tile(x, nullptr, at(job.tensors.out, p.out), p.out, some, false);
+  }
+
   const Group<T>* take(int64_t j, int groups) {
     const int64_t size = (int64_t)job.storage.size;
     for (int b = 0; b < groups; b++, j++) {
-      const int64_t from = j * x.group;
+      const int64_t from = (j - first_packed) * x.group;
       packed[b].count = (int)least(N, lanes.count - j * N);
       packed[b].moments = moments ? moments + j : nullptr;
       Row<T>& row = packed[b].row[0];
@@ -260,6 +288,7 @@ class Columns {
   }
 
   void write_back() const {
+    if (in_place) return;
     const daam_strides& s = job.problem.out;
     job.storage.unpack_tile(x, factors, at(job.tensors.out, s), s, lanes, job.stream);
     if (weights.at) job.storage.unpack_tile(weights, nullptr, at(job.tensors.weights, s), s, lanes, job.stream);
@@ -286,6 +315,26 @@ class Columns {
     return const_cast<char*>(static_cast<const char*>(base)) + first_row * s.row * (int64_t)job.storage.size;
   }
 
+  ShortGroups<T> short_groups(int64_t j, int groups) const {
+    const auto packed = [&](const Tile<T>& tile) { return Field<T>{tile.at + j * tile.group, N, tile.group}; };
+    const auto there = [&](const void* base, const daam_strides& s) {
+      return Field<T>{reinterpret_cast<T*>(at(base, s)) + lanes.offset(0, s) + j * N, s.row, N};
+    };
+    const daam_density& p = job.problem;
+    const Tensors& t = job.tensors;
+    const int64_t size = (int64_t)job.storage.size, right = j * N * size;
+    ShortGroups<T> g = {groups, x.n, job.heads[head], job.rules, false, {}, {}, {}, {}, {}};
+    g.next_x = {next_x + right, p.x.row * size, N * size};
+    if (BACKWARD) g.next_grad = {next_grad + right, p.grad.row * size, N * size};
+    g.out = in_place ? there(t.out, p.out) : packed(x);
+    g.x = as_const(in_place ? there(t.x, p.x) : packed(x));
+    if (BACKWARD) g.grad = as_const(in_place ? there(t.grad, p.grad) : packed(grad));
+    const int64_t line = 64 / sizeof(T);
+    g.stream = in_place && job.stream && (size_t)g.out.at % 64 == 0 && p.out.row % line == 0 && groups * N % line == 0;
+    return g;
+  }
+  static Field<const T> as_const(const Field<T>& f) { return {f.at, f.row, f.group}; }
+
   static void pack_again(const void* unit, int64_t j) {
     const Columns& c = *static_cast<const Columns*>(unit);
     const daam_strides& s = c.job.problem.x;
@@ -298,6 +347,8 @@ class Columns {
   void* const scratch;
   int64_t head, first_row;
   Lanes lanes;
+  bool is_short, in_place;  // in_place: worked on where they lie, and only groups that ask for more care are packed
+  int64_t first_packed;     // number of the group that is first in the tiles
   Tile<T> x{}, grad{}, weights{};
   typename Vector<T>::integer* valid = nullptr;
   Moments<T>* moments;

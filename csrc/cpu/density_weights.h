@@ -209,15 +209,20 @@ struct Normaliser {
   Mask<T> clamped;
 };
 
+// log2 of the sum of densities over eps where total is 1.
+template <class T>
+DAAM_INLINE V<T> largest_sum(const Origin<T>& o, V<T> rstd, const Heads<T>& heads) {
+  const V<T> from_center = o.peak - o.start;
+  return -(from_center * from_center + heads.spread * rstd * rstd * (T)(0.5 * kLog2E) + heads.level);
+}
+
 template <class T>
 DAAM_INLINE void find_normaliser(
     V<T> total, const Origin<T>& o, const Statistics<T>& s, const Heads<T>& heads, bool softmax, Normaliser<T>& f) {
   f.factor = 1 / total;
   f.clamped = Mask<T>{};
   if (softmax) return;
-  // The sum of densities is total 2^largest eps.
-  const V<T> from_center = o.peak - o.start;
-  const V<T> largest = -(from_center * from_center + heads.spread * s.rstd * s.rstd * (T)(0.5 * kLog2E) + heads.level);
+  const V<T> largest = largest_sum<T>(o, s.rstd, heads);
   if (!any((Mask<T>)(largest < 2) | (Mask<T>)(total < (T)0.25))) return;
   const V<T> power = exp2_minus<T>(absolute<T>(largest));
   f.clamped = largest < 0 ? (Mask<T>)(total * power < 1) : (Mask<T>)(total < power);

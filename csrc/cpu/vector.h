@@ -14,6 +14,10 @@
 #define DAAM_X86 0
 #endif
 
+#ifndef DAAM_AVX512  // the compiler's own macros say what a whole file is compiled for, and not what a part of it is
+#define DAAM_AVX512 0
+#endif
+
 #define DAAM_INLINE inline __attribute__((always_inline))
 
 namespace {
@@ -82,7 +86,7 @@ template <class Lanes>
 DAAM_INLINE Lanes rounded(Lanes v) {
 #if DAAM_X86 && DAAM_VECTOR_BYTES <= 32
   asm("" : "+x"(v));
-#elif DAAM_X86 && defined(__AVX512F__)
+#elif DAAM_X86 && DAAM_AVX512
   asm("" : "+v"(v));
 #else
   asm("" : "+m"(v));
@@ -111,6 +115,15 @@ DAAM_INLINE V<double> square_root(V<double> v) { return (V<double>)_mm256_sqrt_p
 template <class M>
 DAAM_INLINE bool any(M mask) {
   return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+}
+#elif DAAM_X86 && DAAM_VECTOR_BYTES == 64 && DAAM_AVX512
+DAAM_INLINE V<float> minimum(V<float> a, V<float> b) { return (V<float>)_mm512_min_ps((__m512)a, (__m512)b); }
+DAAM_INLINE V<double> minimum(V<double> a, V<double> b) { return (V<double>)_mm512_min_pd((__m512d)a, (__m512d)b); }
+DAAM_INLINE V<float> square_root(V<float> v) { return (V<float>)_mm512_sqrt_ps((__m512)v); }
+DAAM_INLINE V<double> square_root(V<double> v) { return (V<double>)_mm512_sqrt_pd((__m512d)v); }
+template <class M>
+DAAM_INLINE bool any(M mask) {
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
 }
 #else
 template <class Lanes>
@@ -148,6 +161,9 @@ DAAM_INLINE double sum_of_lanes(V<double> v) {
   const __m128d sum = _mm_add_pd(_mm256_castpd256_pd128((__m256d)v), _mm256_extractf128_pd((__m256d)v, 1));
   return _mm_cvtsd_f64(_mm_add_sd(sum, _mm_unpackhi_pd(sum, sum)));
 }
+#elif DAAM_X86 && DAAM_VECTOR_BYTES == 64 && DAAM_AVX512
+DAAM_INLINE float sum_of_lanes(V<float> v) { return _mm512_reduce_add_ps((__m512)v); }
+DAAM_INLINE double sum_of_lanes(V<double> v) { return _mm512_reduce_add_pd((__m512d)v); }
 #else
 template <class Lanes>
 DAAM_INLINE auto sum_of_lanes(Lanes v) {
@@ -160,7 +176,7 @@ DAAM_INLINE auto sum_of_lanes(Lanes v) {
 // Powers of two. x is rounded to a multiple of 1 / steps by adding a number in whose last bits the result then is, with
 // the bias of the exponent; what is left of x goes to a polynomial. Eight floats are looked up where one instruction
 // does that: a shorter polynomial is left, and less to wait for.
-#if DAAM_X86 && (DAAM_VECTOR_BYTES == 32 || (DAAM_VECTOR_BYTES == 64 && defined(__AVX512F__)))
+#if DAAM_X86 && (DAAM_VECTOR_BYTES == 32 || (DAAM_VECTOR_BYTES == 64 && DAAM_AVX512))
 constexpr int kFloatSteps = 8;
 
 // The bits of 2^(k / 8), less those that k and the bias are in when the rounded number is moved to the exponent.
@@ -264,7 +280,7 @@ DAAM_INLINE V<float> load_as(const BFloat16* at) { return (V<float>)(load_half(&
 DAAM_INLINE V<float> load_as(const Float16* at) {
 #if DAAM_X86 && DAAM_VECTOR_BYTES == 32
   return (V<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-#elif DAAM_X86 && DAAM_VECTOR_BYTES == 64 && defined(__AVX512F__)
+#elif DAAM_X86 && DAAM_VECTOR_BYTES == 64 && DAAM_AVX512
   return (V<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
 #else
   const Mask<float> h = load_half(&at->bits), magnitude = h & 0x7fff;
@@ -306,7 +322,7 @@ DAAM_INLINE V<float> pack_pair(V<float> even, V<float> odd) {
 DAAM_INLINE typename Vector<float>::half pack_as(V<float> v, const Float16*) {
 #if DAAM_X86 && DAAM_VECTOR_BYTES == 32
   return (typename Vector<float>::half)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
-#elif DAAM_X86 && DAAM_VECTOR_BYTES == 64 && defined(__AVX512F__)
+#elif DAAM_X86 && DAAM_VECTOR_BYTES == 64 && DAAM_AVX512
   return (typename Vector<float>::half)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #else
   const Mask<float> bits = (Mask<float>)v, sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
@@ -344,6 +360,9 @@ DAAM_INLINE V<T> load_part(const S* at, int64_t count) {
 #if DAAM_X86 && DAAM_VECTOR_BYTES == 32
   if constexpr (sizeof(S) == 4) return (V<T>)_mm256_maskload_ps((const float*)at, (__m256i)first_lanes<T>(count));
   if constexpr (sizeof(S) == 8) return (V<T>)_mm256_maskload_pd((const double*)at, (__m256i)first_lanes<T>(count));
+#elif DAAM_X86 && DAAM_VECTOR_BYTES == 64 && DAAM_AVX512
+  if constexpr (sizeof(S) == 4) return (V<T>)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), at);
+  if constexpr (sizeof(S) == 8) return (V<T>)_mm512_maskz_loadu_pd((__mmask8)((1u << count) - 1), at);
 #endif
   S some[Vector<T>::N] = {};
   copy_part<sizeof some, sizeof(S)>(some, at, count * sizeof(S));
@@ -362,7 +381,7 @@ DAAM_INLINE void stream_as(S* at, V<T> v) {
   const auto packed = pack_as(v, at);
 #if DAAM_X86
   if constexpr (sizeof packed == 64) {
-#if defined(__AVX512F__)
+#if DAAM_AVX512
     _mm512_stream_si512(reinterpret_cast<__m512i*>(at), (__m512i)packed);
     return;
 #endif
