@@ -2,7 +2,6 @@
 #pragma once
 
 #include "density_split.h"
-#include "density_unit.h"
 
 namespace {
 

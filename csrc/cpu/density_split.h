@@ -2,7 +2,8 @@
 // each sweep. All runs of all slices are spread over the threads.
 #pragma once
 
-#include "density_unit.h"
+#include "density_columns.h"
+#include "density_rows.h"
 
 namespace {
 

@@ -173,6 +173,14 @@ DAAM_INLINE auto sum_of_lanes(Lanes v) {
 }
 #endif
 
+DAAM_INLINE double sum_in_double(V<double> v) { return sum_of_lanes(v); }
+DAAM_INLINE double sum_in_double(V<float> v) {
+  const Vector<float>::wide lanes = __builtin_convertvector(v, Vector<float>::wide);
+  V<double> halves[2];
+  memcpy(halves, &lanes, sizeof lanes);
+  return sum_of_lanes(halves[0] + halves[1]);
+}
+
 // Powers of two. x is rounded to a multiple of 1 / steps by adding a number in whose last bits the result then is, with
 // the bias of the exponent; what is left of x goes to a polynomial. Eight floats are looked up where one instruction
 // does that: a shorter polynomial is left, and less to wait for.
