@@ -10,6 +10,7 @@ namespace {
 template <class T, bool BACKWARD, Padding P>
 class Columns {
   static constexpr int64_t N = Vector<T>::N;
+  static constexpr bool kMayBeShort = sizeof(T) == 4 && P == Padding::kNone;
 
  public:
   typedef InColumns Layout;
@@ -54,12 +55,11 @@ class Columns {
     x = {arrays.take(all), n, one};
     first_packed = 0;
     const bool whole = P == Padding::kNone && run == job.longest;
-    is_short = whole && n >= 2 && n <= kLongestShort && sizeof(T) == 4 && !t.weights;
-    in_place = is_short && job.storage.format == Format::kSame && lanes.adjacent(p.x) && lanes.adjacent(p.out) &&
-               (!BACKWARD || lanes.adjacent(p.grad));
+    is_short = kMayBeShort && whole && n >= 2 && n <= kLongestShort && !t.weights;
+    piecewise = is_short && lanes.adjacent(p.x) && lanes.adjacent(p.out) && (!BACKWARD || lanes.adjacent(p.grad));
     factors = nullptr;
     moments = nullptr;
-    if (in_place) {
+    if (piecewise) {
       if (BACKWARD) grad = {arrays.take(all), n, one};
       return;
     }
@@ -88,16 +88,24 @@ class Columns {
 
   // Groups from number j on, as many as that and no more than together().
   void work_on(int64_t j, int groups, SliceSums<T>* sums) {
-    if constexpr (sizeof(T) == 4 && P == Padding::kNone)
-      if (is_short && (j + groups) * N <= lanes.count) return work_on_short<T, BACKWARD>(short_groups(j, groups), sums);
-    if (!in_place) return work_on_groups<T, Layout, P, BACKWARD>(take(j, groups), groups, job.rules, sums);
+    const bool full = (j + groups) * N <= lanes.count;
+    const bool in_place = piecewise && full && job.storage.format != Format::kFloat16;
     const daam_density& p = job.problem;
     const Lanes some = {lanes.first + j * N, least(groups * N, lanes.count - j * N), lanes.inner};
-    first_packed = j;
-    job.storage.pack_tile(at(job.tensors.x, p.x), p.x, some, x);
-    if (BACKWARD) job.storage.pack_tile(at(job.tensors.grad, p.grad), p.grad, some, grad);
-    work_on_groups<T, Layout, P, BACKWARD>(take(j, groups), groups, job.rules, sums);
-    job.storage.unpack_tile(x, nullptr, at(job.tensors.out, p.out), p.out, some, false);
+    if (piecewise) first_packed = j;
+    if (piecewise && !in_place) {
+      job.storage.pack_tile(at(job.tensors.x, p.x), p.x, some, x);
+      if (BACKWARD) job.storage.pack_tile(at(job.tensors.grad, p.grad), p.grad, some, grad);
+    }
+    if (!is_short || !full) {
+      work_on_groups<T, Layout, P, BACKWARD>(take(j, groups), groups, job.rules, sums);
+    } else if constexpr (kMayBeShort) {
+      if (in_place && job.storage.format == Format::kBFloat16)
+        work_on_short<T, BACKWARD>(short_groups<BFloat16>(j, groups, in_place), sums);
+      else
+        work_on_short<T, BACKWARD>(short_groups<T>(j, groups, in_place), sums);
+    }
+    if (piecewise && !in_place) job.storage.unpack_tile(x, nullptr, at(job.tensors.out, p.out), p.out, some, job.stream);
   }
 
   const Group<T>* take(int64_t j, int groups) {
@@ -124,7 +132,7 @@ class Columns {
   }
 
   void write_back() const {
-    if (in_place) return;
+    if (piecewise) return;
     const daam_strides& s = job.problem.out;
     job.storage.unpack_tile(x, factors, at(job.tensors.out, s), s, lanes, job.stream);
     if (weights.at) job.storage.unpack_tile(weights, nullptr, at(job.tensors.weights, s), s, lanes, job.stream);
@@ -151,25 +159,30 @@ class Columns {
     return const_cast<char*>(static_cast<const char*>(base)) + first_row * s.row * (int64_t)job.storage.size;
   }
 
-  ShortGroups<T> short_groups(int64_t j, int groups) const {
-    const auto packed = [&](const Tile<T>& tile) { return Field<T>{tile.at + j * tile.group, N, tile.group}; };
-    const auto there = [&](const void* base, const daam_strides& s) {
-      return Field<T>{reinterpret_cast<T*>(at(base, s)) + lanes.offset(0, s) + j * N, s.row, N};
+  template <class S>
+  ShortGroups<T, S> short_groups(int64_t j, int groups, bool in_place) const {
+    const auto find = [&](const Tile<T>& tile, const void* base, const daam_strides& s) {
+      if (in_place) return Field<S>{reinterpret_cast<S*>(at(base, s)) + lanes.offset(0, s) + j * N, s.row, N};
+      return Field<S>{reinterpret_cast<S*>(tile.at + (j - first_packed) * tile.group), N, tile.group};  // S is T
     };
     const daam_density& p = job.problem;
     const Tensors& t = job.tensors;
-    const int64_t size = (int64_t)job.storage.size, right = j * N * size;
-    ShortGroups<T> g = {groups, x.n, job.heads[head], job.rules, false, {}, {}, {}, {}, {}};
+    const int64_t size = (int64_t)job.storage.size, right = j * N * size, line = 64 / sizeof(S);
+    ShortGroups<T, S> g = {groups, x.n, job.heads[head], job.rules, false, {}, {}, {}, {}, {}};
+    g.out = find(x, t.out, p.out);
+    g.x = as_const(find(x, t.x, p.x));
     g.next_x = {next_x + right, p.x.row * size, N * size};
-    if (BACKWARD) g.next_grad = {next_grad + right, p.grad.row * size, N * size};
-    g.out = in_place ? there(t.out, p.out) : packed(x);
-    g.x = as_const(in_place ? there(t.x, p.x) : packed(x));
-    if (BACKWARD) g.grad = as_const(in_place ? there(t.grad, p.grad) : packed(grad));
-    const int64_t line = 64 / sizeof(T);
+    if (BACKWARD) {
+      g.grad = as_const(find(grad, t.grad, p.grad));
+      g.next_grad = {next_grad + right, p.grad.row * size, N * size};
+    }
     g.stream = in_place && job.stream && (size_t)g.out.at % 64 == 0 && p.out.row % line == 0 && groups * N % line == 0;
     return g;
   }
-  static Field<const T> as_const(const Field<T>& f) { return {f.at, f.row, f.group}; }
+  template <class S>
+  static Field<const S> as_const(const Field<S>& f) {
+    return {f.at, f.row, f.group};
+  }
 
   static void pack_again(const void* unit, int64_t j) {
     const Columns& c = *static_cast<const Columns*>(unit);
@@ -183,7 +196,7 @@ class Columns {
   void* const scratch;
   int64_t head, first_row;
   Lanes lanes;
-  bool is_short, in_place;  // in_place: worked on where they lie, and only groups that ask for more care are packed
+  bool is_short, piecewise;  // piecewise: packed, where at all, a few groups at a time
   int64_t first_packed;     // number of the group that is first in the tiles
   Tile<T> x{}, grad{}, weights{};
   typename Vector<T>::integer* valid = nullptr;

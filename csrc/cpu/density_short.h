@@ -16,25 +16,26 @@ struct Field {
   DAAM_INLINE S* operator()(int64_t r, int b) const { return at + r * row + b * group; }
 };
 
-template <class T>
+// Of elements that are S in memory.
+template <class T, class S>
 struct ShortGroups {
   int count;
   int64_t n;  // elements of a slice, two at least
   const Heads<T>& heads;
   const Rules& rules;
   bool stream;  // write past the caches: groups are neighbours, and rows are aligned to lines of the cache
-  Field<const T> x, grad;
-  Field<T> out;
+  Field<const S> x, grad;
+  Field<S> out;
   Field<const char> next_x, next_grad;  // where the next groups lie: brought to the L2 cache meanwhile
 };
 
 // LENGTH: of the slices, or 0 where the compiler is not told.
-template <class T, bool BACKWARD, int LENGTH>
+template <class T, class S, bool BACKWARD, int LENGTH>
 class Short {
   static constexpr int kMost = LENGTH ? LENGTH : kLongestShort, kMostBackward = BACKWARD ? kMost : 1;
 
  public:
-  explicit Short(const ShortGroups<T>& groups) : g(groups) {}
+  explicit Short(const ShortGroups<T, S>& groups) : g(groups) {}
 
   // sums: of each group, the backward's.
   DAAM_INLINE void run(SliceSums<T>* sums) {
@@ -43,10 +44,10 @@ class Short {
     if constexpr (BACKWARD) {
       Through<T> through[kTogether];
       for (int b = 0; b < g.count; b++) differentiate(b, sums[b], through[b]);
-      const Field<const T> from = g.grad;
+      const Field<const S> from = g.grad;
       write([&](int64_t r, int b) __attribute__((always_inline)) {
         const Through<T>& t = through[b];
-        const V<T> grad = load(from(r, b)), from_start = z[b][r];
+        const V<T> grad = load_as(from(r, b)), from_start = z[b][r];
         return grad * (density[b][r] * t.factor + t.added) + (t.linear * from_start + t.constant) +
                q[b][r] * t.slope * (from_start + peak[b]);
       });
@@ -83,8 +84,8 @@ class Short {
 
   DAAM_INLINE void find_statistics(int b) {
     constexpr int guessed = LENGTH ? LENGTH : kGuessed;
-    const Field<const T> from = g.x;
-    each_element([&](int64_t r) __attribute__((always_inline)) { x[b][r] = load(from(r, b)); });
+    const Field<const S> from = g.x;
+    each_element([&](int64_t r) __attribute__((always_inline)) { x[b][r] = load_as(from(r, b)); });
     V<T> sum = x[b][0];
 #pragma GCC unroll 8
     for (int r = 1; r < guessed; r++) sum += x[b][r];
@@ -117,7 +118,7 @@ class Short {
   DAAM_INLINE Origin<T> at_center(int b) const {
     Origin<T> o;
     origin_at_center<T>(o, statistics(b), g.heads);
-    if constexpr (BACKWARD) o.grad = load(g.grad(0, b));
+    if constexpr (BACKWARD) o.grad = load_as(g.grad(0, b));
     return o;
   }
 
@@ -166,7 +167,7 @@ class Short {
       const Mask<T> closer = distance < found.distance;
       found.distance = closer ? distance : found.distance;
       found.x = closer ? x[b][r] : found.x;
-      if constexpr (BACKWARD) found.grad = closer ? load(g.grad(r, b)) : found.grad;
+      if constexpr (BACKWARD) found.grad = closer ? load_as(g.grad(r, b)) : found.grad;
     });
   }
 
@@ -174,7 +175,7 @@ class Short {
   template <bool EXACT>
   DAAM_INLINE void find_densities(int b, const Origin<T>& o) {
     const V<T> twice = EXACT ? (o.peak - o.start) * 2 : V<T>{};
-    const Field<const T> from = g.grad;
+    const Field<const S> from = g.grad;
     const Field<const char> next_x = g.next_x, next_grad = g.next_grad;
     V<T> sum{}, sum_q{}, nearest = splat<T>((T)INFINITY), nearest_d{};
     each_element([&](int64_t r) __attribute__((always_inline)) {
@@ -186,7 +187,7 @@ class Short {
       density[b][r] = m;
       sum += m;
       if constexpr (BACKWARD) {
-        const V<T> grad = load(from(r, b));
+        const V<T> grad = load_as(from(r, b));
         if constexpr (!EXACT) {
           const V<T> distance = absolute<T>(d);
           nearest_d = distance < nearest ? d : nearest_d;
@@ -229,18 +230,18 @@ class Short {
   // Row by row, so that whole lines of the cache are written at a time.
   template <class Value>
   DAAM_INLINE void write(Value value) {
-    const Field<T> out = g.out;
+    const Field<S> out = g.out;
     const int count = g.count;
     const bool stream = g.stream;
     each_element([&](int64_t r) __attribute__((always_inline)) {
       if (stream)
         for (int b = 0; b < count; b++) stream_as<T>(out(r, b), value(r, b));
       else
-        for (int b = 0; b < count; b++) store<T>(out(r, b), value(r, b));
+        for (int b = 0; b < count; b++) store_as<T>(out(r, b), value(r, b));
     });
   }
 
-  const ShortGroups<T>& g;
+  const ShortGroups<T, S>& g;
   V<T> high[kTogether], low[kTogether], rstd[kTogether];  // the statistics
   V<T> start[kTogether], peak[kTogether];                 // of origins, the backward's
   bool is_moved[kTogether];
@@ -250,13 +251,13 @@ class Short {
   V<T> z[kTogether][kMostBackward], q[kTogether][kMostBackward];
 };
 
-template <class T, bool BACKWARD, int LENGTH>
-__attribute__((noinline)) void work_on_told(const ShortGroups<T>& groups, SliceSums<T>* sums) {
-  Short<T, BACKWARD, LENGTH>(groups).run(sums);
+template <class T, bool BACKWARD, int LENGTH, class S>
+__attribute__((noinline)) void work_on_told(const ShortGroups<T, S>& groups, SliceSums<T>* sums) {
+  Short<T, S, BACKWARD, LENGTH>(groups).run(sums);
 }
 
-template <class T, bool BACKWARD>
-void work_on_short(const ShortGroups<T>& groups, SliceSums<T>* sums) {
+template <class T, bool BACKWARD, class S>
+void work_on_short(const ShortGroups<T, S>& groups, SliceSums<T>* sums) {
   switch (groups.n) {
     case 2: return work_on_told<T, BACKWARD, 2>(groups, sums);
     case 3: return work_on_told<T, BACKWARD, 3>(groups, sums);
