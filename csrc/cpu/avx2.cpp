@@ -7,7 +7,7 @@ DAAM_TARGET_BEGIN("avx2,fma,f16c")
 #include "density_kernel.h"
 
 int daam::density_avx2(const daam_density& p, const Tensors& t, daam_parallel_for parallel_for) {
-  return run(p, t, parallel_for);
+  return p.type == DAAM_FLOAT64 ? density_avx2_double(p, t, parallel_for) : run_float(p, t, parallel_for);
 }
 
 int daam::additive_avx2(const daam_additive& p, const AdditiveTensors& t, daam_parallel_for parallel_for) {

@@ -12,7 +12,7 @@ DAAM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #include "density_kernel.h"
 
 int daam::density_avx512(const daam_density& p, const Tensors& t, daam_parallel_for parallel_for) {
-  return run(p, t, parallel_for);
+  return p.type == DAAM_FLOAT64 ? density_avx512_double(p, t, parallel_for) : run_float(p, t, parallel_for);
 }
 
 int daam::additive_avx512(const daam_additive& p, const AdditiveTensors& t, daam_parallel_for parallel_for) {

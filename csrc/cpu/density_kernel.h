@@ -124,14 +124,18 @@ int run_storage(
   return job.status;
 }
 
-int run(const daam_density& p, const Tensors& t, daam_parallel_for parallel_for) {
+// Compiled by a file each, which takes a third less time with two processors.
+DAAM_INLINE int run_float(const daam_density& p, const Tensors& t, daam_parallel_for parallel_for) {
   switch (p.type) {
     case DAAM_FLOAT32: return run_storage<float>(p, t, Storage<float>::of<float>(), parallel_for);
     case DAAM_BFLOAT16: return run_storage<float>(p, t, Storage<float>::of<BFloat16>(), parallel_for);
     case DAAM_FLOAT16: return run_storage<float>(p, t, Storage<float>::of<Float16>(), parallel_for);
-    case DAAM_FLOAT64: return run_storage<double>(p, t, Storage<double>::of<double>(), parallel_for);
   }
   return DAAM_BAD_ARGUMENT;
+}
+
+DAAM_INLINE int run_double(const daam_density& p, const Tensors& t, daam_parallel_for parallel_for) {
+  return run_storage<double>(p, t, Storage<double>::of<double>(), parallel_for);
 }
 
 }  // namespace

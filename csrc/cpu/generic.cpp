@@ -4,7 +4,7 @@
 #include "density_kernel.h"
 
 int daam::density_generic(const daam_density& p, const Tensors& t, daam_parallel_for parallel_for) {
-  return run(p, t, parallel_for);
+  return p.type == DAAM_FLOAT64 ? density_generic_double(p, t, parallel_for) : run_float(p, t, parallel_for);
 }
 
 int daam::additive_generic(const daam_additive& p, const AdditiveTensors& t, daam_parallel_for parallel_for) {

@@ -16,12 +16,15 @@ struct Tensors {
   void *d_mean_offsets, *d_c;
 };
 
-// One direction with one instruction set: daam_status. backward is whether tensors.grad is there.
+// One direction with one instruction set: daam_status. backward is whether tensors.grad is there. Each hands float64 on.
 typedef int (*Kernel)(const daam_density&, const Tensors&, daam_parallel_for);
 
 int density_generic(const daam_density&, const Tensors&, daam_parallel_for);
 int density_avx2(const daam_density&, const Tensors&, daam_parallel_for);
 int density_avx512(const daam_density&, const Tensors&, daam_parallel_for);
+int density_generic_double(const daam_density&, const Tensors&, daam_parallel_for);
+int density_avx2_double(const daam_density&, const Tensors&, daam_parallel_for);
+int density_avx512_double(const daam_density&, const Tensors&, daam_parallel_for);
 
 // The same of additive attention; those of the other direction are NULL.
 struct AdditiveTensors {

@@ -1,0 +1,12 @@
+// The float64 kernels for x86-64-v3: AVX2, FMA and F16C.
+#if defined(__x86_64__) || defined(_M_X64)
+#include "target.h"
+DAAM_TARGET_BEGIN("avx2,fma,f16c")
+#define DAAM_VECTOR_BYTES 32
+#include "density_kernel.h"
+
+int daam::density_avx2_double(const daam_density& p, const Tensors& t, daam_parallel_for parallel_for) {
+  return run_double(p, t, parallel_for);
+}
+DAAM_TARGET_END
+#endif

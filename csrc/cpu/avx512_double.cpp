@@ -1,0 +1,17 @@
+// The float64 kernels for AVX-512.
+#if defined(__x86_64__) || defined(_M_X64)
+#include "target.h"
+#ifdef DAAM_EMULATE_AVX512  // for tests on machines without: the same vectors, in two halves
+DAAM_TARGET_BEGIN("avx2,fma,f16c")
+#else
+DAAM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define DAAM_AVX512 1
+#endif
+#define DAAM_VECTOR_BYTES 64
+#include "density_kernel.h"
+
+int daam::density_avx512_double(const daam_density& p, const Tensors& t, daam_parallel_for parallel_for) {
+  return run_double(p, t, parallel_for);
+}
+DAAM_TARGET_END
+#endif
