@@ -3,19 +3,24 @@
     pytest -p native.cuda_emulated ...
 
 Every test of that backend then goes through the CUDA launches and kernels. float64, which they do not serve, is left to
-the reference. Problems are as small as for Triton's interpreter.
+the reference. Problems are as small as for Triton's interpreter. DAAM_TEST_EMULATION: the folder of an emulation that
+is compiled already.
 """
 
+import os
 import tempfile
 from pathlib import Path
 
 import torch
 from daam_kernels import native, reference
 
-from .cuda_library import Library, compile_emulation
+from .cuda_library import Library, compile_emulation, emulation_in
 
 _folder = tempfile.TemporaryDirectory()
-_library = Library(*compile_emulation(Path(_folder.name), flags=("-O2",)))
+_compiled = os.environ.get("DAAM_TEST_EMULATION")
+_library = Library(
+    *(emulation_in(Path(_compiled)) if _compiled else compile_emulation(Path(_folder.name), flags=("-O2",)))
+)
 
 
 def _forward(*arguments):

@@ -27,7 +27,7 @@ def compile_library(output: Path, *sources: str, flags: tuple[str, ...] = ()) ->
         "g++",
         "-std=c++17",
         "-O1",
-        "-g",
+        "-g1",
         "-fPIC",
         "-shared",
         "-ffp-contract=off",
@@ -40,8 +40,15 @@ def compile_library(output: Path, *sources: str, flags: tuple[str, ...] = ()) ->
 
 def compile_emulation(folder: Path, flags: tuple[str, ...] = ()) -> tuple[Path, Path]:
     """(the host code, the driver that it is to load)."""
-    host = compile_library(folder / "libhost.so", "csrc/cuda/driver.cpp", "csrc/cuda/launch.cpp", flags=flags)
-    return host, compile_library(folder / "libdriver.so", "tests/native/cuda_emulation.cpp", flags=flags)
+    host, driver = emulation_in(folder)
+    compile_library(host, "csrc/cuda/driver.cpp", "csrc/cuda/launch.cpp", flags=flags)
+    compile_library(driver, "tests/native/cuda_emulation.cpp", flags=flags)
+    return host, driver
+
+
+def emulation_in(folder: Path) -> tuple[Path, Path]:
+    """Where compile_emulation() puts them."""
+    return folder / "libhost.so", folder / "libdriver.so"
 
 
 @contextmanager
