@@ -1,6 +1,7 @@
 """The numeric contract of the operator page: every row, type, number of Gaussians, width, offset and gradient."""
 
 import itertools
+from functools import lru_cache
 
 import daam_kernels
 import pytest
@@ -36,16 +37,11 @@ def shape_of(backend, norm_axis, heads=NUM_HEADS):
     return sized(backend, (64, length), (3, length))
 
 
-@pytest.mark.parametrize("num_gaussians", [1, 5, 8, 16])
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("norm_axis", [1, -1])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_contract(backend, norm_axis, dtype, row, num_gaussians):
-    """Heads know nothing of each other: all kinds of parameters are asked for at once, each in heads of its own."""
+@lru_cache(maxsize=1)  # the truth takes most of the time; backends of one shape ask for it one after the other
+def problem(shape, heads_each, device, norm_axis, dtype, row, num_gaussians):
+    """x, the parameters in heads_each heads of every kind, and pairs of a gradient and the truth with it."""
     mean, deviation = ROWS[row]
-    heads_each = sized(backend, NUM_HEADS, 1)
-    rng, device, shape = generator(num_gaussians), device_of(backend), shape_of(backend, norm_axis, 4 * heads_each)
+    rng = generator(num_gaussians)
     x = (mean + deviation * torch.randn(shape, generator=rng, dtype=torch.float64)).to(device, dtype)
     noise = torch.randn(shape, generator=rng, dtype=torch.float64).to(device, dtype)
     to = dict(dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
@@ -53,13 +49,25 @@ def test_contract(backend, norm_axis, dtype, row, num_gaussians):
         gaussians(heads_each, num_gaussians, rng, offsets=offsets * deviation, width=width, **to)
         for offsets, width in PARAMETERS
     ]
-    mean_offsets, c = map(torch.cat, zip(*kinds))
-    for grad in (noise, torch.ones_like(noise)):
-        got = evaluate(backend, x, mean_offsets, c, grad, norm_axis=norm_axis)
-        assert [t.dtype for t in got] == [dtype, dtype, to["dtype"], to["dtype"]]
-        expected = truth(x, mean_offsets, c, grad, norm_axis=norm_axis)
+    parameters = tuple(map(torch.cat, zip(*kinds)))
+    return x, parameters, [(g, truth(x, *parameters, g, norm_axis=norm_axis)) for g in (noise, torch.ones_like(noise))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_gaussians", [1, 5, 8, 16])
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm_axis", [1, -1])
+def test_contract(norm_axis, dtype, row, num_gaussians, backend):
+    """Heads know nothing of each other: all kinds of parameters are asked for at once, each in heads of its own."""
+    heads_each = sized(backend, NUM_HEADS, 1)
+    shape, device = shape_of(backend, norm_axis, 4 * heads_each), device_of(backend)
+    x, parameters, gradients = problem(shape, heads_each, device, norm_axis, dtype, row, num_gaussians)
+    for (grad, expected), gradient in zip(gradients, ("N(0, 1)", "1")):
+        got = evaluate(backend, x, *parameters, grad, norm_axis=norm_axis)
+        assert [t.dtype for t in got] == [dtype, dtype, *(t.dtype for t in parameters)]
         for kind, (offsets, width) in enumerate(PARAMETERS):
-            what = f"offsets={offsets}, c={width or 'exp(N(0, 1))'}, g={'N(0, 1)' if grad is noise else 1}:"
+            what = f"offsets={offsets}, c={width or 'exp(N(0, 1))'}, g={gradient}:"
             part = [
                 [t.chunk(4, axis)[kind] for t, axis in zip(four, (norm_axis, norm_axis, 0, 0))]
                 for four in (got, expected)
