@@ -1,5 +1,6 @@
 """Runs the Triton kernels without a GPU: the interpreter has to be chosen before triton is first imported."""
 
+import gc
 import os
 import sys
 from importlib.util import find_spec
@@ -28,6 +29,12 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 def pytest_configure(config):
     # numpy speaks up where a GPU quietly gives inf, in lanes that are masked out later.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_collection_finish(session):
+    """Keeps torch and thousands of collected tests out of the collector's searches, which fuse() takes part in."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
