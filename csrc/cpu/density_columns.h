@@ -55,15 +55,14 @@ class Columns {
     x = {arrays.take(all), n, one};
     first_packed = 0;
     const bool whole = P == Padding::kNone && run == job.longest;
-    is_short = kMayBeShort && whole && n >= 2 && n <= kLongestShort && !t.weights;
+    is_short = kMayBeShort && whole && n >= 2 && n <= kLongestShort;
     piecewise = is_short && lanes.adjacent(p.x) && lanes.adjacent(p.out) && (!BACKWARD || lanes.adjacent(p.grad));
     factors = nullptr;
     moments = nullptr;
-    if (piecewise) {
-      if (BACKWARD) grad = {arrays.take(all), n, one};
-      return;
-    }
-    const bool products = whole && !is_short && !BACKWARD && !job.rules.residual && !t.weights;
+    if (BACKWARD) grad = {arrays.take(all), n, one};
+    if (t.weights) weights = {arrays.take(all), n, one};
+    if (piecewise) return;
+    const bool products = whole && n > kLongestShort && !BACKWARD && !job.rules.residual && !t.weights;
     if (products) factors = reinterpret_cast<V<T>*>(arrays.take(groups() * N));
     if (whole && n > kBesideEachOther && lanes.count % N == 0 && lanes.adjacent(p.x)) {
       moments = reinterpret_cast<Moments<T>*>(arrays.take(groups() * (int64_t)(sizeof(Moments<T>) / sizeof(T))));
@@ -71,11 +70,7 @@ class Columns {
     } else {
       job.storage.pack_tile(at(t.x, p.x), p.x, lanes, x);
     }
-    if constexpr (BACKWARD) {
-      grad = {arrays.take(all), n, one};
-      job.storage.pack_tile(at(t.grad, p.grad), p.grad, lanes, grad);
-    }
-    if (t.weights) weights = {arrays.take(all), n, one};
+    if (BACKWARD) job.storage.pack_tile(at(t.grad, p.grad), p.grad, lanes, grad);
     if constexpr (P != Padding::kNone) {
       valid = reinterpret_cast<typename Vector<T>::integer*>(arrays.take(all));
       find_valid_tile<T>(x, t.mask ? t.mask + first_row * p.mask.row : nullptr, p, lanes, valid);
@@ -91,11 +86,12 @@ class Columns {
     const bool full = (j + groups) * N <= lanes.count;
     const bool in_place = piecewise && full && job.storage.format != Format::kFloat16;
     const daam_density& p = job.problem;
+    const Tensors& t = job.tensors;
     const Lanes some = {lanes.first + j * N, least(groups * N, lanes.count - j * N), lanes.inner};
     if (piecewise) first_packed = j;
     if (piecewise && !in_place) {
-      job.storage.pack_tile(at(job.tensors.x, p.x), p.x, some, x);
-      if (BACKWARD) job.storage.pack_tile(at(job.tensors.grad, p.grad), p.grad, some, grad);
+      job.storage.pack_tile(at(t.x, p.x), p.x, some, x);
+      if (BACKWARD) job.storage.pack_tile(at(t.grad, p.grad), p.grad, some, grad);
     }
     if (!is_short || !full) {
       work_on_groups<T, Layout, P, BACKWARD>(take(j, groups), groups, job.rules, sums);
@@ -105,7 +101,7 @@ class Columns {
       else
         work_on_short<T, BACKWARD>(short_groups<T>(j, groups, in_place), sums);
     }
-    if (piecewise && !in_place) job.storage.unpack_tile(x, nullptr, at(job.tensors.out, p.out), p.out, some, job.stream);
+    if (piecewise && !in_place) write(nullptr, some);
   }
 
   const Group<T>* take(int64_t j, int groups) {
@@ -132,10 +128,7 @@ class Columns {
   }
 
   void write_back() const {
-    if (piecewise) return;
-    const daam_strides& s = job.problem.out;
-    job.storage.unpack_tile(x, factors, at(job.tensors.out, s), s, lanes, job.stream);
-    if (weights.at) job.storage.unpack_tile(weights, nullptr, at(job.tensors.weights, s), s, lanes, job.stream);
+    if (!piecewise) write(factors, lanes);
   }
 
   // Sums of groups from number j on.
@@ -159,6 +152,12 @@ class Columns {
     return const_cast<char*>(static_cast<const char*>(base)) + first_row * s.row * (int64_t)job.storage.size;
   }
 
+  void write(const V<T>* factors, const Lanes& packed_lanes) const {
+    const daam_strides& s = job.problem.out;
+    job.storage.unpack_tile(x, factors, at(job.tensors.out, s), s, packed_lanes, job.stream);
+    if (weights.at) job.storage.unpack_tile(weights, nullptr, at(job.tensors.weights, s), s, packed_lanes, job.stream);
+  }
+
   template <class S>
   ShortGroups<T, S> short_groups(int64_t j, int groups, bool in_place) const {
     const auto find = [&](const Tile<T>& tile, const void* base, const daam_strides& s) {
@@ -168,15 +167,17 @@ class Columns {
     const daam_density& p = job.problem;
     const Tensors& t = job.tensors;
     const int64_t size = (int64_t)job.storage.size, right = j * N * size, line = 64 / sizeof(S);
-    ShortGroups<T, S> g = {groups, x.n, job.heads[head], job.rules, false, {}, {}, {}, {}, {}};
+    ShortGroups<T, S> g = {groups, x.n, job.heads[head], job.rules, false, {}, {}, {}, {}, {}, {}};
     g.out = find(x, t.out, p.out);
+    if (weights.at) g.weights = find(weights, t.weights, p.out);
     g.x = as_const(find(x, t.x, p.x));
     g.next_x = {next_x + right, p.x.row * size, N * size};
     if (BACKWARD) {
       g.grad = as_const(find(grad, t.grad, p.grad));
       g.next_grad = {next_grad + right, p.grad.row * size, N * size};
     }
-    g.stream = in_place && job.stream && (size_t)g.out.at % 64 == 0 && p.out.row % line == 0 && groups * N % line == 0;
+    const size_t places = (size_t)g.out.at | (size_t)g.weights.at;
+    g.stream = in_place && job.stream && places % 64 == 0 && p.out.row % line == 0 && groups * N % line == 0;
     return g;
   }
   template <class S>

@@ -25,7 +25,7 @@ struct ShortGroups {
   const Rules& rules;
   bool stream;  // write past the caches: groups are neighbours, and rows are aligned to lines of the cache
   Field<const S> x, grad;
-  Field<S> out;
+  Field<S> out, weights;  // weights: where they are asked for
   Field<const char> next_x, next_grad;  // where the next groups lie: brought to the L2 cache meanwhile
 };
 
@@ -45,7 +45,7 @@ class Short {
       Through<T> through[kTogether];
       for (int b = 0; b < g.count; b++) differentiate(b, sums[b], through[b]);
       const Field<const S> from = g.grad;
-      write([&](int64_t r, int b) __attribute__((always_inline)) {
+      write(g.out, [&](int64_t r, int b) __attribute__((always_inline)) {
         const Through<T>& t = through[b];
         const V<T> grad = load_as(from(r, b)), from_start = z[b][r];
         return grad * (density[b][r] * t.factor + t.added) + (t.linear * from_start + t.constant) +
@@ -55,7 +55,11 @@ class Short {
       V<T> factor[kTogether];
       const V<T> added = splat<T>(g.rules.residual);
       for (int b = 0; b < g.count; b++) factor[b] = normaliser(b).factor;
-      write([&](int64_t r, int b) __attribute__((always_inline)) { return x[b][r] * (density[b][r] * factor[b] + added); });
+      if (g.weights.at)
+        write(g.weights, [&](int64_t r, int b) __attribute__((always_inline)) { return density[b][r] * factor[b]; });
+      write(g.out, [&](int64_t r, int b) __attribute__((always_inline)) {
+        return x[b][r] * (density[b][r] * factor[b] + added);
+      });
     }
   }
 
@@ -229,8 +233,7 @@ class Short {
 
   // Row by row, so that whole lines of the cache are written at a time.
   template <class Value>
-  DAAM_INLINE void write(Value value) {
-    const Field<S> out = g.out;
+  DAAM_INLINE void write(const Field<S> out, Value value) {
     const int count = g.count;
     const bool stream = g.stream;
     each_element([&](int64_t r) __attribute__((always_inline)) {

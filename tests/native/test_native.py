@@ -215,6 +215,24 @@ def test_a_nan_in_one_short_column_leaves_the_others(length, normalize, dtype):
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("length", [2, 3, 5, 8, 9, 24])
+def test_short_columns_have_the_same_bits_with_weights(length, residual, dtype):
+    x = torch.randn(3, length, 100, generator=generator(length)).to(dtype)
+    options, tolerance = (
+        dict(norm_axis=1, residual=residual),
+        {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2),
+    )
+    parameters = gaussians(1, 3, generator(), width=2.0, dtype=torch.promote_types(dtype, torch.float32))
+    y, weights = density_attention(x, *parameters, return_weights=True, backend="native", **options)
+    assert_same_bits(y, density_attention(x, *parameters, backend="native", **options))
+    exact = x.double(), *(p.double() for p in parameters)
+    expected = density_attention(*exact, return_weights=True, backend="reference", **options)[1]
+    assert_close(weights, expected, tolerance, "weights")
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
 def test_any_nan_among_the_parameters_stays_one(bits, dtype):
     """Rounded to bfloat16 by arithmetic on its bits, a NaN of ones alone would become 0."""
