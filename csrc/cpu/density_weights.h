@@ -138,8 +138,9 @@ void find_densities(const Group<T>& g, const Mask<T>& asked, const Origin<T>& o,
     const V<T> origin_grad = of_row<T, L>(o.grad, r);
     Sum<T> sum, sum_q;
     const auto body = [&](int64_t i, auto within, auto slot) __attribute__((always_inline)) {
-      if constexpr (!L::kRows || !slot.second) ahead.touch_x(i);
-      if constexpr (BACKWARD && L::kRows && !slot.second) ahead.touch_grad(i);
+      constexpr bool new_line = DAAM_VECTOR_BYTES >= 64 || !slot.second;  // of the cache, in rows
+      if constexpr (!L::kRows || new_line) ahead.touch_x(i);
+      if constexpr (BACKWARD && L::kRows && new_line) ahead.touch_grad(i);
       const V<T> x = within.load(row.x + i * N), from_high = x - high;
       V<T> d = from_high * scale - shift, m = within(density<T, EXACT>(d, twice));
       if constexpr (P == Padding::kExcluded) m = keep<T>(load_mask<T>(row.valid + i * N), m);
