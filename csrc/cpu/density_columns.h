@@ -81,7 +81,7 @@ class Columns {
 
   int together() const { return count; }
 
-  // Groups from number j on, as many as that and no more than together().
+  // Forward or backward of groups from number j on, as many as that and no more than together().
   void work_on(int64_t j, int groups, SliceSums<T>* sums) {
     const bool full = (j + groups) * N <= lanes.count;
     const bool in_place = piecewise && full && job.storage.format != Format::kFloat16;
@@ -104,6 +104,7 @@ class Columns {
     if (piecewise && !in_place) write(nullptr, some);
   }
 
+  // The same groups, packed, as density_slices.h takes them.
   const Group<T>* take(int64_t j, int groups) {
     const int64_t size = (int64_t)job.storage.size;
     for (int b = 0; b < groups; b++, j++) {

@@ -150,7 +150,7 @@ class Short {
     if (any(moved)) move(b, moved);
   }
 
-  // Almost never: the other way is shorter without it.
+  // Seldom, but for narrow Gaussians: inline it would take registers and code from the way that most slices go.
   __attribute__((noinline, cold)) void move(int b, const Mask<T>& moved) {
     Origin<T> o = at_center(b);
     Nearest<T> to;
