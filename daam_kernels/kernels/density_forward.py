@@ -235,6 +235,7 @@ def split_normaliser(
                 d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
                 UNROLLED, HALF, ACC,
             )  # fmt: skip
+            found = tl.where(asked, found, before)  # a tile of padding alone has no peak
             peak = tl.maximum(before, found)
             kept = total * tl.exp2(before - peak)
             added *= tl.exp2(found - peak)

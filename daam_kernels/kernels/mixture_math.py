@@ -229,6 +229,7 @@ def merge_mixture(partials_ptr, number, num_slices, num_chunks, inside, BLOCK_C:
     tops = tl.load(partials_ptr + at, mask=there, other=-FAR)
     totals = tl.load(partials_ptr + num_slices * num_chunks + at, mask=there, other=0.0)
     top = tl.max(tops, axis=0)
+    top = tl.where(top > -FAR, top, 0.0)  # of slices that are padding alone
     return top, tl.sum(tl.where(totals != 0.0, totals * tl.exp2(tops - top[None, :]), 0.0), axis=0)
 
 

@@ -9,7 +9,7 @@ def small_tiles(monkeypatch):
     from daam_kernels.kernels import host, launch
 
     monkeypatch.setattr(launch, "BUDGET", launch.Budget(64, 64, 64, 64, split=64, usual=64, merged=64))
-    monkeypatch.setattr(launch, "_PROGRAMS_EACH", 2)
+    monkeypatch.setattr(launch, "_PROGRAMS_EACH", 8)
     monkeypatch.setattr(host, "processors", lambda device: 1)
     host.forget_launches()
     yield

@@ -1,5 +1,7 @@
 """The mixture's kernels in Triton's interpreter or on a GPU: long slices, launches, determinism, poisoned results."""
 
+from dataclasses import replace
+
 import daam_kernels
 import pytest
 import torch
@@ -10,7 +12,7 @@ from support import DTYPES, assert_close, assert_same_bits, device_of
 if not daam_kernels.available_backends()["triton"]:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from daam_kernels.kernels import density_backward, density_forward  # noqa: E402
+from daam_kernels.kernels import density_backward, density_forward, launch  # noqa: E402
 
 DEVICE = device_of("triton")
 FORWARD = ["split_statistics", "split_normaliser", "split_output"]
@@ -124,6 +126,27 @@ def test_slices_far_from_all_gaussians(small_tiles, shape):
     expected = truth(x, *parameters, grad, **options)
     for name, result, exact in zip(("y", "dx"), got, expected):  # the parameters' gradients cancel there
         assert_close(result, exact, 1e-12, name)
+
+
+@pytest.mark.parametrize("forward", ["resident", "split"])
+@pytest.mark.parametrize("padding_stats", ["zero", "exclude"])
+def test_split_slices_whose_densities_underflow(small_tiles, launched, monkeypatch, padding_stats, forward):
+    """One head's are e^-800 and less, the other's are not; and a whole run of one slice is padding."""
+    if forward == "resident":
+        monkeypatch.setattr(launch, "BUDGET", replace(launch.BUDGET, forward_rows=1024))
+    x, grad, (mean_offsets, c, weights) = inputs((2, 300), 2, torch.float64)
+    mean_offsets[0] += 80
+    mask = torch.ones_like(x, dtype=torch.bool)
+    mask[0, :40] = False
+    parameters = mean_offsets, torch.full_like(c, 2.0), weights
+    options = dict(norm_axis=1, normalize="softmax", mask=mask, padding_stats=padding_stats)
+    got = evaluate("triton", x, *parameters, grad, **options)
+    expected = truth(x, *parameters, grad, **options)
+    for name, result, exact in zip(("y", "dx"), got, expected):  # the parameters' gradients cancel there
+        assert_close(result, exact, 1e-11, name)
+    assert launched == (["forward_resident"] if forward == "resident" else FORWARD) + BACKWARD + [
+        "mixture_parameter_gradients"
+    ]
 
 
 def test_narrow_gaussians_far_from_the_data_stay_finite():
