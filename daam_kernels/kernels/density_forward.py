@@ -32,14 +32,20 @@ from .density_math import (
     reciprocal_sqrt,
     rescale,
     save_statistics,
-    save_top,
     standardise,
     tile_statistics,
     value_at_peak,
     weighted_output,
 )
 from .host import SIZES, arithmetic_type, device_of, prepare, run, viewable
-from .mixture_math import gate_density, merge_mixture, mixture_at_peak, mixture_density, mixture_over_peak
+from .mixture_math import (
+    gate_density,
+    mark_far,
+    merge_mixture,
+    mixture_at_peak,
+    mixture_density,
+    mixture_over_peak,
+)
 from .tiles import (
     find_valid,
     first_valid,
@@ -65,7 +71,7 @@ def forward_resident(
     UNROLLED: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Reads x, writes y, the weights and 3 or 4 numbers per slice where asked for. One sweep."""
+    """Reads x, writes y, the weights and 3 numbers per slice where asked for. One sweep."""
     head, _block, start, n, o, i, inside = program_slices(
         cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
     )
@@ -91,9 +97,7 @@ def forward_resident(
     rstd = reciprocal_sqrt(var)
     if MIXTURE:
         d = shifted - mean[None, :]
-        if stats_ptr is not None:
-            number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
-            save_statistics(stats_ptr, x0, mean, var, number, num_slices, inside)
+        number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
         if NORMALISED:
             asked = inside & (count > 0.0)
             weights, total, top = mixture_over_peak(
@@ -102,8 +106,10 @@ def forward_resident(
             )  # fmt: skip
             log_peak = mixture_at_peak(top, EPS)
             if stats_ptr is not None:
-                save_top(stats_ptr, top, number, num_slices, inside)
+                save_statistics(stats_ptr, x0, mean, mark_far(var, top), number, num_slices, inside)
         else:
+            if stats_ptr is not None:
+                save_statistics(stats_ptr, x0, mean, var, number, num_slices, inside)
             feature = parameter_number(head, i, inner, COLUMNS, VEC)
             weights = gate_density(
                 d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians,
@@ -272,7 +278,7 @@ def split_output(
     UNROLLED: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Reads x, writes y, the weights and what numbers of each slice are asked for and not written yet."""
+    """Reads x, writes y, the weights and 3 numbers per slice where asked for."""
     head, _block, start, n, o, i, inside = program_slices(
         cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
     )
@@ -302,7 +308,7 @@ def split_output(
         log_peak = mixture_at_peak(peak, EPS)
         if stats_ptr is not None:
             if tl.program_id(1) == 0:
-                save_top(stats_ptr, peak, number, slices, inside)
+                save_statistics(stats_ptr, x0, mean, mark_far(var, peak), number, slices, inside)
     else:
         offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
         a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
@@ -363,7 +369,7 @@ def density_forward(
     """Fill y, and weights and stats where they are given; all of them as the operator allocates them.
 
     log_shares [heads, K]: natural logarithms of the shares of a mixture or a gate.
-    stats: [3, slices], or [4, slices] of the mixture, whose last row is log2 of a peak.
+    stats: [3, slices].
     cu_seqlens [sequences + 1]: where the sequences of a packed x [total, features] begin, and the last one ends.
     """
     if x.numel() == 0:
@@ -384,8 +390,7 @@ def density_forward(
             run(split_statistics, launch, dict(pointers, partials_ptr=moments))
             pointers.update(moments_ptr=moments, merged_ptr=None, partials_ptr=partials)
             if options.normalised:
-                of_mixture = stats is not None and options.density == "mixture"
-                pointers["merged_ptr"] = stats if of_mixture else fields.new_empty((3, launch.num_slices))
+                pointers["merged_ptr"] = fields.new_empty((3, launch.num_slices))
                 run(split_normaliser, launch, pointers)
             run(split_output, launch, pointers)
     if out is not y:

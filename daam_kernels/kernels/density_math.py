@@ -270,18 +270,6 @@ def merge_counts(partials_ptr, number, num_slices, num_chunks, inside, BLOCK_C: 
 
 
 @triton.jit
-def save_top(stats_ptr, top, number, num_slices, inside):
-    """A fourth row, of mixtures: log2 of the peak that a slice's densities are over."""
-    tl.store(stats_ptr + 3 * num_slices.to(tl.int64) + number, top, mask=inside)
-
-
-@triton.jit
-def load_top(stats_ptr, number, num_slices, inside):
-    """What ``save_top`` stored."""
-    return tl.load(stats_ptr + 3 * num_slices.to(tl.int64) + number, mask=inside, other=0.0)
-
-
-@triton.jit
 def merge_statistics(
     partials_ptr, number, num_slices, num_chunks, inside,
     EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr, BLOCK_C: tl.constexpr,

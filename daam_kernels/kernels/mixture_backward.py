@@ -7,7 +7,7 @@ standard deviations. As for the product (see density_backward.py) x is seen from
 does not cancel where g is nearly constant and x has an offset.
 
 ``mixture_backward_resident`` reads x and the incoming gradient once and writes dx once, for slices that fit one block.
-Longer ones, of which the forward pass saved their statistics and peak, are swept twice, by ``mixture_split_sums`` and
+Longer ones, of which the forward pass saved their statistics, are swept twice, by ``mixture_split_sums`` and
 ``mixture_split_gradient`` (mixture_backward_split.py). Every tile writes three sums per Gaussian for the parameter
 gradients, which ``mixture_parameter_gradients`` adds in a fixed order: the same bits from run to run.
 
@@ -176,9 +176,9 @@ def mixture_backward(
             run(mixture_backward_resident, launch, pointers)
         else:
             if stats is None:  # only where the operator is called by hand: the forward pass saves them
-                stats = partials.new_empty((4 if options.normalised else 3, launch.num_slices))
+                stats = partials.new_empty((3, launch.num_slices))
                 density_forward(x, *parameters[:2], mask, options, dx, None, stats, log_shares, cu_seqlens)
-            fields = 8 if options.normalised else 3
+            fields = 9 if options.normalised else 3
             pointers.update(stats_ptr=stats, sums_ptr=partials.new_empty((fields, chunks, launch.num_slices)))
             run(mixture_split_sums if options.normalised else mixture_split_slopes, launch, pointers)
             run(mixture_split_gradient, launch, pointers)

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 
 from .density_math import (
+    FAR,
     counted_members,
     finish_weights,
     input_gradient,
     load_statistics,
-    load_top,
     normaliser,
     partial_offsets,
     pick_first,
@@ -31,6 +31,7 @@ from .mixture_math import (
     gradient_seen_from,
     mixture_at_peak,
     mixture_density,
+    mixture_peak,
     partial_number,
     slopes,
 )
@@ -47,6 +48,36 @@ from .tiles import (
 )
 
 
+@triton.jit
+def deviations(x, x0, mean, valid, EXCLUDE: tl.constexpr):
+    """(x - x0, x - mean) of a tile; of padding that is excluded x is taken to be x0."""
+    from_x0 = x - x0[None, :]
+    if EXCLUDE:
+        from_x0 = tl.where(valid, from_x0, 0.0)
+    return from_x0, from_x0 - mean[None, :]
+
+
+@triton.jit
+def run_peak(
+    x_ptr, mask_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr, x_base, mask_base, x0, mean, rstd, first, n, inside,
+    head, num_gaussians, tiles, x_stride_r, mask_stride_r,
+    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, EXCLUDE: tl.constexpr, ACC: tl.constexpr,
+    COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The largest term of a run of each slice, whose first row is ``first``, as log2; -FAR where there is none."""
+    peak = tl.zeros_like(rstd) - FAR
+    for tile in range(tiles):
+        r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        domain = rows_within(r, n, inside, WHOLE)
+        x = load_tile(x_ptr, x_base, r, x_stride_r, domain, COLUMNS, VEC, ACC)
+        if EXCLUDE:
+            domain = find_valid(x, domain, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
+        _from_x0, d = deviations(x, x0, mean, domain, EXCLUDE)
+        found = mixture_peak(d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC)
+        peak = tl.maximum(peak, found)
+    return peak
+
+
 @triton.jit(do_not_specialize=SIZES)
 def mixture_split_sums(
     x_ptr, g_ptr, mask_ptr, cu_seqlens_ptr, stats_ptr, sums_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
@@ -57,7 +88,9 @@ def mixture_split_sums(
     EPS: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Reads x and g; writes what ``merge_mixture_sums`` needs of each run: 8 numbers, [8, chunks, slices]."""
+    """Reads x and g; writes what ``merge_mixture_sums`` needs of each run: 9 numbers, [9, chunks, slices].
+
+    Slices that the forward pass marked as far from all Gaussians have their x read twice."""
     head, _block, start, n, o, i, inside = program_slices(
         cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
     )
@@ -67,9 +100,18 @@ def mixture_split_sums(
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
-    x0, mean, var = load_statistics(stats_ptr, number, slices, inside)
-    rstd = reciprocal_sqrt(var)
-    top = load_top(stats_ptr, number, slices, inside)
+    x0, mean, marked = load_statistics(stats_ptr, number, slices, inside)
+    rstd = reciprocal_sqrt(tl.abs(marked))
+    first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
+    top = tl.zeros([BLOCK_S], ACC)
+    far = marked < 0.0
+    if tl.max(far.to(tl.int32), axis=0) > 0:
+        peak = run_peak(
+            x_ptr, mask_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr, x_base, mask_base if PADDED else x_base,
+            x0, mean, rstd, first, n, inside, head, num_gaussians, tiles, x_stride_r, mask_stride_r,
+            PADDING, HAS_MASK, EXCLUDE, ACC, COLUMNS, VEC, WHOLE, BLOCK_R,
+        )  # fmt: skip
+        top = tl.where(far, peak, top)
 
     count = tl.zeros([BLOCK_S], ACC)
     seen = tl.zeros([BLOCK_S], ACC)
@@ -80,7 +122,6 @@ def mixture_split_sums(
     q0 = tl.zeros([BLOCK_S], ACC)
     q1 = tl.zeros([BLOCK_S], ACC)
     q2 = tl.zeros([BLOCK_S], ACC)
-    first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for tile in range(tiles):
         r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
         within = rows_within(r, n, inside, WHOLE)
@@ -91,10 +132,7 @@ def mixture_split_sums(
             valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
             g = tl.where(valid, g, 0.0)
         domain = valid if EXCLUDE else within
-        from_x0 = x - x0[None, :]
-        if EXCLUDE:
-            from_x0 = tl.where(valid, from_x0, 0.0)
-        d = from_x0 - mean[None, :]
+        from_x0, d = deviations(x, x0, mean, valid, EXCLUDE)
         # g0 is the run's first valid g. Until there is one g is 0, and the sums of q become those seen from g0.
         found = tl.where(seen == 0.0, first_valid(g_ptr, g_base, valid, r, g_stride_r, BLOCK_R, COLUMNS, VEC), g0)
         step = (g0 - found.to(ACC)) * x0
@@ -132,25 +170,29 @@ def mixture_split_sums(
     tl.store(at + 5 * field, q0, mask=inside)
     tl.store(at + 6 * field, q1, mask=inside)
     tl.store(at + 7 * field, q2, mask=inside)
+    tl.store(at + 8 * field, top, mask=inside)
 
 
 @triton.jit
-def merge_power(sums_ptr, power, step, there, at, field):
-    """Sums over a slice of m e^power and of m e^power q, from its runs', whose q is off by ``step``."""
-    s = tl.load(sums_ptr + (2 + power) * field + at, mask=there, other=0.0)
-    q = tl.load(sums_ptr + (5 + power) * field + at, mask=there, other=0.0)
+def merge_power(sums_ptr, power, step, fall, there, at, field):
+    """Sums over a slice of m e^power and of m e^power q, from its runs'.
+
+    A run's q is off by ``step``, and its m are ``fall`` of the slice's.
+    """
+    s = tl.load(sums_ptr + (2 + power) * field + at, mask=there, other=0.0) * fall
+    q = tl.load(sums_ptr + (5 + power) * field + at, mask=there, other=0.0) * fall
     return tl.sum(s, axis=0), tl.sum(q + s * step, axis=0)
 
 
 @triton.jit
 def merge_mixture_sums(
-    sums_ptr, number, num_slices, num_chunks, inside, x0, top,
+    sums_ptr, number, num_slices, num_chunks, inside, x0,
     CLAMP: tl.constexpr, EXCLUDE: tl.constexpr, EPS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Whole slices from the sums of their runs.
 
-    Returns (elements counted, factor from density to weight, clamped, g0, weighted mean of q, and the sums of the
-    slopes and of the slopes times e).
+    Returns (elements counted, log2 of the peak, factor from density to weight, clamped, g0, weighted mean of q, and the
+    sums of the slopes and of the slopes times e).
     """
     at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
     field = num_slices * num_chunks
@@ -158,9 +200,12 @@ def merge_mixture_sums(
     g0s = tl.load(sums_ptr + field + at, mask=there, other=0.0)
     g0 = pick_first(g0s, g0s != 0.0, BLOCK_C)
     step = (g0s - g0[None, :]) * x0[None, :]
-    s0, q0 = merge_power(sums_ptr, 0, step, there, at, field)
-    s1, q1 = merge_power(sums_ptr, 1, step, there, at, field)
-    s2, q2 = merge_power(sums_ptr, 2, step, there, at, field)
+    tops = tl.load(sums_ptr + 8 * field + at, mask=there, other=-FAR)
+    top = tl.max(tops, axis=0)
+    fall = tl.exp2(tops - top[None, :])
+    s0, q0 = merge_power(sums_ptr, 0, step, fall, there, at, field)
+    s1, q1 = merge_power(sums_ptr, 1, step, fall, there, at, field)
+    s2, q2 = merge_power(sums_ptr, 2, step, fall, there, at, field)
     scale, clamped = normaliser(mixture_at_peak(top, EPS), s0, CLAMP)
     q_mean = q0 / s0
     away = q_mean
@@ -171,7 +216,7 @@ def merge_mixture_sums(
     if EXCLUDE:
         first = tl.where(count < 2.0, 0.0, first)
         second = tl.where(count < 2.0, 0.0, second)
-    return count, scale, clamped, g0, q_mean, first, second
+    return count, top, scale, clamped, g0, q_mean, first, second
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -214,10 +259,7 @@ def mixture_split_slopes(
             valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
             g_valid = tl.where(valid, g, 0.0)
         domain = valid if EXCLUDE else within
-        from_x0 = x - x0[None, :]
-        if EXCLUDE:
-            from_x0 = tl.where(valid, from_x0, 0.0)
-        d = from_x0 - mean[None, :]
+        _from_x0, d = deviations(x, x0, mean, valid, EXCLUDE)
         count += tl.sum(domain.to(ACC), axis=0)
         h = gate_gradient(g, g_valid, x, domain, MULTIPLY)
         _slope, first, second = slopes(
@@ -267,12 +309,12 @@ def mixture_split_gradient(
     number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
     x0, mean, var = load_statistics(stats_ptr, number, slices, inside)
+    var = tl.abs(var)
     rstd = reciprocal_sqrt(var)
     feature = parameter_number(head, i, inner, COLUMNS, VEC)
     if NORMALISED:
-        top = load_top(stats_ptr, number, slices, inside)
-        count, scale, clamped, g0, q_mean, sum_slopes, sum_e = merge_mixture_sums(
-            sums_ptr, number, slices, num_chunks, inside, x0, top, CLAMP, EXCLUDE, EPS, BLOCK_C
+        count, top, scale, clamped, g0, q_mean, sum_slopes, sum_e = merge_mixture_sums(
+            sums_ptr, number, slices, num_chunks, inside, x0, CLAMP, EXCLUDE, EPS, BLOCK_C
         )
     else:
         top = rstd  # of no use there
@@ -293,10 +335,7 @@ def mixture_split_gradient(
             valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
             g_valid = tl.where(valid, g, 0.0)
         domain = valid if EXCLUDE else within
-        from_x0 = x - x0[None, :]
-        if EXCLUDE:
-            from_x0 = tl.where(valid, from_x0, 0.0)
-        d = from_x0 - mean[None, :]
+        from_x0, d = deviations(x, x0, mean, valid, EXCLUDE)
         if NORMALISED:
             densities = mixture_density(
                 d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, 0, False, ACC

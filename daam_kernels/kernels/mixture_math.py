@@ -164,6 +164,12 @@ def mixture_over_peak(
 
 
 @triton.jit
+def mark_far(var, top):
+    """The variance to save for the backward pass, negative where it must find a peak itself, because 1 is not it."""
+    return tl.where(top == 0.0, var, -var)
+
+
+@triton.jit
 def mixture_at_peak(top, EPS: tl.constexpr):
     """log2 of the peak over eps."""
     return top - (tl.log(tl.full([], EPS, tl.float64)) * LOG2_E).to(top.dtype)

@@ -362,13 +362,12 @@ def _new_stats(
     The lengths of packed sequences may not be known here, so short ones save it too.
 
     It depends on the arguments alone, not on what "auto" is on this machine: a graph may run on another one.
-    [3, slices] in the arithmetic type: x0, mean - x0 and the variance, in an order that Triton's backward knows. A
-    mixture has a fourth: what its densities are over.
+    [3, slices] in the arithmetic type: x0, mean - x0 and the variance, in an order that Triton's backward knows, and
+    with a sign that tells it something about a mixture.
     """
-    numbers = 4 if options.density == "mixture" else 3
     saves = backend == "triton" or (backend == "auto" and x.is_cuda)
     if saves and cu_seqlens is not None:
-        shape = (numbers, (cu_seqlens.shape[0] - 1) * mean_offsets.shape[0] * x.shape[1])
+        shape = (3, (cu_seqlens.shape[0] - 1) * mean_offsets.shape[0] * x.shape[1])
     else:
         num_heads, length = mean_offsets.shape[0], x.shape[options.norm_axis]
         chunk = length // num_heads
@@ -377,7 +376,7 @@ def _new_stats(
             short = chunk < _MIN_SAVED and longest < _ALWAYS_SAVED
         else:
             short = longest <= _MOST_RESIDENT
-        shape = (numbers, x.numel() // length * num_heads) if saves and not short else (0,)
+        shape = (3, x.numel() // length * num_heads) if saves and not short else (0,)
     return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 

@@ -81,7 +81,7 @@ def test_no_access_out_of_bounds(monkeypatch, request, density, small):
 
     monkeypatch.setattr(torch, "empty_like", padded)
     monkeypatch.setattr(torch.Tensor, "new_empty", padded)
-    y, stats = padded(x), padded(x, (3, 3 * 2 * 3)) if density == "product" else None
+    y, stats = padded(x), padded(x, (3, 3 * 2 * 3))
     density_forward.density_forward(x, mean_offsets, c, None, options_of(density), y, None, stats, *last)
     got = density_backward.density_backward(grad, x, mean_offsets, c, None, stats, options_of(density, 36), *last)
     monkeypatch.undo()
