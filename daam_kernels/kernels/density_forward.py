@@ -102,7 +102,7 @@ def forward_resident(
             asked = inside & (count > 0.0)
             weights, total, top = mixture_over_peak(
                 d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
-                UNROLLED, HALF, ACC,
+                UNROLLED, HALF, CLAMP, ACC,
             )  # fmt: skip
             log_peak = mixture_at_peak(top, EPS)
             if stats_ptr is not None:
@@ -198,8 +198,8 @@ def split_normaliser(
     outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, tiles,
     x_stride_o, x_stride_r, x_stride_i, mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    EPS: tl.constexpr, MIXTURE: tl.constexpr, UNROLLED: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr,
-    COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr,
+    CLAMP: tl.constexpr, EPS: tl.constexpr, MIXTURE: tl.constexpr, UNROLLED: tl.constexpr, HALF: tl.constexpr,
+    ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads x; writes the merged statistics, and of each run (peak, x there, sum of densities over that one's), or of a
@@ -239,7 +239,7 @@ def split_normaliser(
             asked = tl.max(domain.to(tl.int32), axis=0) > 0
             _densities, added, found = mixture_over_peak(
                 d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
-                UNROLLED, HALF, ACC,
+                UNROLLED, HALF, CLAMP, ACC,
             )  # fmt: skip
             found = tl.where(asked, found, before)  # a tile of padding alone has no peak
             peak = tl.maximum(before, found)
@@ -337,7 +337,7 @@ def split_output(
         elif MIXTURE:
             densities = mixture_density(
                 (x - x0[None, :]) - mean[None, :], rstd, domain, peak,
-                mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, UNROLLED, HALF, ACC,
+                mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, UNROLLED, HALF, not CLAMP, ACC,
             )  # fmt: skip
         else:
             gap = standardise(x - x0[None, :], mean, rstd, center) - peak[None, :]

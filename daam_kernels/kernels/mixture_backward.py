@@ -102,8 +102,9 @@ def mixture_backward_resident(
     if NORMALISED:
         asked = inside & (count > 0.0)
         weights, total, top = mixture_over_peak(
-            d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, 0, False, ACC
-        )
+            d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, 0, False,
+            CLAMP, ACC,
+        )  # fmt: skip
         # Seen from the element of largest density, and from the weighted mean of g: q is 0 where all the weight may be.
         largest = domain & (weights == tl.max(weights, axis=0)[None, :])
         scale, clamped = normaliser(mixture_at_peak(top, EPS), total, CLAMP)
@@ -124,7 +125,7 @@ def mixture_backward_resident(
     slope, first, second = slopes(
         d, rstd, h, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
         head, feature, inside, partial_number(block, o, i, inner, 0, tiles, num_chunks, PER_FEATURE, COLUMNS, VEC),
-        num_gaussians, num_partials, EPS, NORMALISED, PER_FEATURE, ACC,
+        num_gaussians, num_partials, EPS, CLAMP, NORMALISED, PER_FEATURE, ACC,
     )  # fmt: skip
 
     members = counted_members(count, NORMALISED)

@@ -61,10 +61,10 @@ def deviations(x, x0, mean, valid, EXCLUDE: tl.constexpr):
 def run_peak(
     x_ptr, mask_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr, x_base, mask_base, x0, mean, rstd, first, n, inside,
     head, num_gaussians, tiles, x_stride_r, mask_stride_r,
-    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, EXCLUDE: tl.constexpr, ACC: tl.constexpr,
+    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, EXCLUDE: tl.constexpr, CLAMP: tl.constexpr, ACC: tl.constexpr,
     COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The largest term of a run of each slice, whose first row is ``first``, as log2; -FAR where there is none."""
+    """The largest term of a run of each slice, whose first row is ``first``, as log2: see ``mixture_peak``."""
     peak = tl.zeros_like(rstd) - FAR
     for tile in range(tiles):
         r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -73,7 +73,7 @@ def run_peak(
         if EXCLUDE:
             domain = find_valid(x, domain, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
         _from_x0, d = deviations(x, x0, mean, domain, EXCLUDE)
-        found = mixture_peak(d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC)
+        found = mixture_peak(d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, CLAMP, ACC)
         peak = tl.maximum(peak, found)
     return peak
 
@@ -85,7 +85,7 @@ def mixture_split_sums(
     x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    EPS: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
+    CLAMP: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g; writes what ``merge_mixture_sums`` needs of each run: 9 numbers, [9, chunks, slices].
@@ -109,7 +109,7 @@ def mixture_split_sums(
         peak = run_peak(
             x_ptr, mask_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr, x_base, mask_base if PADDED else x_base,
             x0, mean, rstd, first, n, inside, head, num_gaussians, tiles, x_stride_r, mask_stride_r,
-            PADDING, HAS_MASK, EXCLUDE, ACC, COLUMNS, VEC, WHOLE, BLOCK_R,
+            PADDING, HAS_MASK, EXCLUDE, CLAMP, ACC, COLUMNS, VEC, WHOLE, BLOCK_R,
         )  # fmt: skip
         top = tl.where(far, peak, top)
 
@@ -146,7 +146,7 @@ def mixture_split_sums(
         for k in range(num_gaussians):
             part, e, over_width, _grows = gaussian_part(
                 d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, number, inside, num_gaussians,
-                EPS, True, False, ACC,
+                EPS, CLAMP, True, False, ACC,
             )  # fmt: skip
             part = tl.where(domain, part, 0.0)
             by_one += part
@@ -264,7 +264,7 @@ def mixture_split_slopes(
         h = gate_gradient(g, g_valid, x, domain, MULTIPLY)
         _slope, first, second = slopes(
             d, rstd, h, domain, rstd, mean_offsets_ptr, c_ptr, log_shares_ptr, None,
-            head, feature, inside, number, num_gaussians, num_partials, EPS, False, PER_FEATURE, ACC,
+            head, feature, inside, number, num_gaussians, num_partials, EPS, False, False, PER_FEATURE, ACC,
         )  # fmt: skip
         sum_slopes += first
         sum_e += second
@@ -338,8 +338,9 @@ def mixture_split_gradient(
         from_x0, d = deviations(x, x0, mean, valid, EXCLUDE)
         if NORMALISED:
             densities = mixture_density(
-                d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, 0, False, ACC
-            )
+                d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, 0, False,
+                not CLAMP, ACC,
+            )  # fmt: skip
             weights = finish_weights(densities, scale, valid, count, EXCLUDE)
             q = gradient_seen_from(g_valid, from_x0, x0, g0)
             h = centred_gradient(q, q_mean, g_valid, x, scale, domain, count, clamped, CLAMP, EXCLUDE)
@@ -352,7 +353,7 @@ def mixture_split_gradient(
         partial = partial_number(block, o, i, inner, tile, tiles, num_chunks, PER_FEATURE, COLUMNS, VEC)
         slope, _first, _second = slopes(
             d, rstd, h, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
-            head, feature, inside, partial, num_gaussians, num_partials, EPS, NORMALISED, PER_FEATURE, ACC,
+            head, feature, inside, partial, num_gaussians, num_partials, EPS, CLAMP, NORMALISED, PER_FEATURE, ACC,
         )  # fmt: skip
         if not MULTIPLY:  # y is not made of x itself
             g = tl.zeros_like(g)

@@ -11,6 +11,7 @@ from .density_math import FAR, LN_2, LOG2_E, inverse_of, partial_offsets, recipr
 ROOT_HALF_LOG2_E = tl.constexpr(0.8493218002880191)
 ROUNDING = tl.constexpr(1.5 * 2.0**23)  # a sum with it is rounded to a whole number, which its last bits are
 FADED = tl.constexpr(2.0**-32)  # sums of densities below it, or above its inverse, lie far from their peak
+LOWEST = tl.constexpr(-(2.0**20))  # log2 of a peak whose weights the clamp takes to 0 in any type
 
 
 @triton.jit
@@ -37,14 +38,31 @@ def narrowness_of(width):
 
 
 @triton.jit
-def mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC: tl.constexpr):
+def fall_by(u, share, top, EXACT: tl.constexpr):
+    """log2 of a Gaussian's density times its share, less ``top``.
+
+    A fused multiplication has digits of u^2 that a top found by one has not. Beyond 2^31 they are more than a float32's
+    exponent, and a slice whose densities all are over such a top needs an EXACT difference, of the same rounded u^2.
+    """
+    log_share = tl.broadcast_to((share - top)[None, :], u.shape)
+    if EXACT:
+        fall = log_share - tl.fma(u, u, tl.zeros_like(u))
+    else:
+        fall = tl.fma(u * -1.0, u, log_share)  # not -u, which Triton takes from 0, an instruction by itself
+    return fall
+
+
+@triton.jit
+def mixture_term(
+    d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians,
+    EXACT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """log2 of the density of Gaussian k times its share, less ``top``; d is x - mean.
 
     Two fused multiplications an element: all that the elements of a slice have in common is in three numbers.
     """
     offset, width, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
-    u = distance_from(d, rstd, offset, narrowness_of(width))
-    return (share - top)[None, :] - u * u
+    return fall_by(distance_from(d, rstd, offset, narrowness_of(width)), share, top, EXACT)
 
 
 @triton.jit
@@ -94,7 +112,7 @@ def mixes_exponentials():
 @triton.jit
 def mixture_density(
     d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
-    UNROLLED: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr,
+    UNROLLED: tl.constexpr, HALF: tl.constexpr, EXACT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The densities over 2^``top``: K exponentials an element. UNROLLED is K where it is known, or 0.
 
@@ -103,10 +121,12 @@ def mixture_density(
     """
     if UNROLLED > 0:
         densities = tl.exp2(
-            mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, 0, num_gaussians, ACC)
+            mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, 0, num_gaussians, EXACT, ACC)
         )
         for k in tl.static_range(1, UNROLLED):
-            term = mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+            term = mixture_term(
+                d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, EXACT, ACC
+            )
             if k == 3 and HALF and d.shape[0] % 8 == 0 and mixes_exponentials():
                 densities += exp2_mixed(term)
             elif k == 7 and ACC == tl.float32:
@@ -117,20 +137,23 @@ def mixture_density(
         densities = tl.zeros_like(d)
         for k in range(num_gaussians):
             densities += tl.exp2(
-                mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+                mixture_term(d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, EXACT, ACC)
             )
     return tl.where(domain, densities, 0.0)
 
 
 @triton.jit
 def mixture_peak(
-    d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC: tl.constexpr
+    d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
+    CLAMP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The largest term of each slice's mixture, as log2; -FAR where there is none."""
+    """The largest term of each slice's mixture, as log2; -FAR where there is none. With CLAMP it is LOWEST at least."""
     nothing = tl.zeros_like(rstd)
-    top = nothing - FAR
+    top = nothing + (LOWEST if CLAMP else -FAR)
     for k in range(num_gaussians):
-        term = mixture_term(d, rstd, nothing, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
+        term = mixture_term(
+            d, rstd, nothing, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, not CLAMP, ACC
+        )
         top = tl.maximum(top, tl.max(tl.where(domain, term, -FAR), axis=0))
     return top
 
@@ -138,7 +161,7 @@ def mixture_peak(
 @triton.jit
 def mixture_over_peak(
     d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
-    UNROLLED: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr,
+    UNROLLED: tl.constexpr, HALF: tl.constexpr, CLAMP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(densities over a peak of their slice, their sum, log2 of the peak).
 
@@ -148,16 +171,16 @@ def mixture_over_peak(
     """
     top = tl.zeros_like(rstd)
     densities = mixture_density(
-        d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, UNROLLED, HALF, ACC
+        d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, UNROLLED, HALF, False, ACC
     )
     total = tl.sum(densities, axis=0)
     near = (total >= FADED) & (total <= 1.0 / FADED)  # which a NaN is not
     far = asked & (near == 0)
     if tl.max(far.to(tl.int32), axis=0) > 0:
-        peak = mixture_peak(d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, ACC)
+        peak = mixture_peak(d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, CLAMP, ACC)
         top = tl.where(far, peak, top)
         densities = mixture_density(
-            d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, 0, HALF, ACC
+            d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, 0, HALF, not CLAMP, ACC
         )
         total = tl.sum(densities, axis=0)
     return densities, total, top
@@ -178,20 +201,20 @@ def mixture_at_peak(top, EPS: tl.constexpr):
 @triton.jit
 def gaussian_part(
     d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, feature, inside, num_gaussians,
-    EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr, ACC: tl.constexpr,
+    EPS: tl.constexpr, CLAMP: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Of Gaussian k: (its part of the densities, e, e / c^2, how much of its width grows with sqrt(var)).
 
-    d is x - mean. The mixture's parts are over 2^top, to the last bit those of which ``top`` is the largest; others are
-    as they are, and have no top. ``feature`` is what ``parameter_number`` gave. The gate's Gaussians have eps added to
-    their width; the per-feature one has c in the place of c^2.
+    d is x - mean. The mixture's parts are over 2^top, to the last bit those of which ``top`` is the largest (see
+    ``fall_by``); others are as they are, and have no top. ``feature`` is what ``parameter_number`` gave. The gate's
+    Gaussians have eps added to their width; the per-feature one has c in the place of c^2.
     """
     grows = 1.0
     if NORMALISED:
         offset, width, share = load_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
         narrowness = narrowness_of(width)
         u = distance_from(d, rstd, offset, narrowness)
-        part = tl.exp2((share - top)[None, :] - u * u)
+        part = tl.exp2(fall_by(u, share, top, not CLAMP))
         e = u * (tl.abs(width) * (1.0 / ROOT_HALF_LOG2_E))
         over_width = u * (narrowness * (2.0 * LN_2))
     else:
@@ -222,7 +245,7 @@ def gate_density(
     for k in range(num_gaussians):
         part, _e, _over_width, _grows = gaussian_part(
             d, rstd, rstd, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, feature, inside, num_gaussians,
-            EPS, False, PER_FEATURE, ACC,
+            EPS, False, False, PER_FEATURE, ACC,
         )  # fmt: skip
         densities += part
     return tl.where(domain, densities, 0.0)
@@ -270,7 +293,7 @@ def gate_gradient(g, g_valid, x, domain, MULTIPLY: tl.constexpr):
 def slopes(
     d, rstd, h, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
     head, feature, inside, partial, num_gaussians, num_partials,
-    EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr, ACC: tl.constexpr,
+    EPS: tl.constexpr, CLAMP: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(sum_k m_jk h_j e_jk / c_k^2 of a tile, its sum over the tile, that of the same times e_jk).
 
@@ -283,7 +306,7 @@ def slopes(
     for k in range(num_gaussians):
         part, e, over_width, grows = gaussian_part(
             d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, feature, inside, num_gaussians,
-            EPS, NORMALISED, PER_FEATURE, ACC,
+            EPS, CLAMP, NORMALISED, PER_FEATURE, ACC,
         )  # fmt: skip
         share = tl.where(domain, part, 0.0) * h
         by_e = share * over_width

@@ -157,6 +157,37 @@ def test_narrow_gaussians_far_from_the_data_stay_finite():
             assert torch.isfinite(result).all(), (width, offset)
 
 
+@pytest.fixture
+def fused(monkeypatch):
+    """tl.fma rounds a float32 once, as a GPU's does; the interpreter's rounds the product too."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    separate = interpreter.InterpreterBuilder.create_fma
+
+    def create_fma(builder, x, y, z):
+        if x.data.dtype != "float32":
+            return separate(builder, x, y, z)
+        once = (x.data.astype("float64") * y.data + z.data).astype("float32")
+        return interpreter.TensorHandle(once, z.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["resident", "split"])
+@pytest.mark.parametrize("normalize", ["clamp", "softmax"])
+def test_narrow_gaussians_stay_finite_whatever_is_fused(fused, request, normalize, split):
+    """Terms of 1e9 and more differ by hundreds where one of them is rounded twice."""
+    if split:
+        request.getfixturevalue("small_tiles")
+    x, grad, (mean_offsets, c, weights) = inputs((40, 160), 1, torch.float32)
+    parameters = mean_offsets + 3.0, torch.full_like(c, 1e-6), weights
+    y, *gradients = evaluate("triton", x, *parameters, grad, norm_axis=1, normalize=normalize)
+    assert all(torch.isfinite(g).all() for g in (y, *gradients))
+    if normalize == "softmax":  # all weight is one element's
+        assert torch.equal((y / x).sum(1).round(), torch.ones(40)) and ((y / x).max(1).values > 0.5).all()
+    else:
+        assert not y.any()
+
+
 def test_a_gaussian_without_a_share_changes_nothing():
     x, grad, (mean_offsets, c, weights) = inputs((4, 40), 2, torch.float32)
     shares = weights.softmax(1)
