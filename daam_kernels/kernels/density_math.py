@@ -141,11 +141,17 @@ def standardise(shifted, mean, rstd, center):
 
 @triton.jit
 def find_peak(z, domain):
-    """The z of each column that is nearest to 0, where the density is largest; 0 for columns without a domain."""
-    above = tl.min(tl.where(domain & (z >= 0.0), z, FAR), axis=0)
-    below = tl.max(tl.where(domain & (z < 0.0), z, -FAR), axis=0)
-    peak = tl.where(above <= -below, above, below)
-    return tl.where(tl.abs(peak) < FAR, peak, 0.0)
+    """The z of each column that is nearest to 0, where the density is largest; 0 for columns without a domain.
+
+    With its bits rotated, the sign last, |z| is compared before the sign is, as a whole number: two instructions an
+    element and one reduction, where the smallest above 0 and the largest below it are six and two.
+    """
+    unsigned: tl.constexpr = tl.uint64 if z.dtype == tl.float64 else tl.uint32
+    last: tl.constexpr = z.dtype.primitive_bitwidth - 1
+    bits = tl.where(domain, z, FAR).to(unsigned, bitcast=True)
+    nearest = tl.min((bits << 1) | (bits >> last), axis=0)
+    peak = ((nearest >> 1) | (nearest << last)).to(z.dtype, bitcast=True)
+    return tl.where(tl.abs(peak) < FAR, peak, 0.0)  # 0 where it is NaN, too
 
 
 @triton.jit
