@@ -296,12 +296,18 @@ def ladder(problem: Problem, processors: int = PROCESSORS) -> Choice:
     few_warps = problem.columns or split or (problem.backward and (itemsize == 8 or problem.num_layers > 1))
     most_warps = _WARPS_COLUMNS if few_warps else _WARPS_ROWS
     elements, registers = _THREAD_ELEMENTS, _REGISTERS
-    if problem.num_mixed and not (problem.backward or problem.columns or split or itemsize == 8):
+    if not (problem.backward or few_warps or itemsize == 8):
         # What a thread does once for its slices is shared by its elements, but masks take registers, and slices do.
-        elements = 16
-        if _is_whole(problem, block_r, block_s) and not problem.padded and block_r >= 256:
-            most = itemsize == 2 and block_r >= 4096 and problem.num_mixed <= 4
-            elements, registers = (64, _REGISTERS) if most else (32, _REGISTERS // 2 + 1)
+        shared = _is_whole(problem, block_r, block_s) and not problem.padded and block_r >= 256
+        programs = -(-slices // block_s) * (problem.outer if problem.apart else 1) * problem.num_heads
+        if problem.num_mixed:
+            elements = 16
+            if shared:
+                most = itemsize == 2 and block_r >= 4096 and problem.num_mixed <= 4
+                elements, registers = (64, _REGISTERS) if most else (32, _REGISTERS // 2 + 1)
+        elif problem.density == "product" and problem.num_layers == 1 and shared:
+            if programs >= 2 * _PROGRAMS_EACH * processors:  # fewer are sooner done by more threads each
+                elements = 32
     num_warps = min(most_warps, max(1, block_r * block_s * scale // (32 * elements)))
     return Choice(block_r, block_s, num_warps, min(registers, most_registers(num_warps)))
 

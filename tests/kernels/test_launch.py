@@ -336,6 +336,17 @@ def test_a_thread_has_more_elements_where_exponentials_take_the_time():
         assert elements_and_registers(2, **plain) == (16, 128)
 
 
+def test_a_thread_has_more_elements_where_programs_are_many():
+    def elements(shape=(1 << 14, 2048, 1), itemsize=2, backward=False, **options):
+        tile = density_tile(view_of(*shape), 1, itemsize, backward, **options)
+        return tile.block_r * tile.block_s // (32 * tile.num_warps)
+
+    assert elements() == elements(itemsize=4) == elements((1 << 14, 256, 1)) == 32
+    others = (64, 2048, 1), (1 << 14, 2000, 1), (1 << 17, 128, 1)  # few programs, masks, short slices
+    assert [elements(shape) for shape in others] == [8] * 3
+    assert elements(padded=True) == elements(num_layers=3) == elements(backward=True) == 8
+
+
 @pytest.mark.parametrize("itemsize, most", [(2, 4), (4, 8)])
 def test_few_gaussians_of_a_mixture_are_known_to_the_compiler(itemsize, most):
     def unrolled(shape, num_gaussians, **flags):
