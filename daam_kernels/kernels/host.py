@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from torch import Tensor
 from ..options import DensityOptions
 from ..sequences import packing
 from ..slices import packed_view, slice_view, with_views
-from .direct import Plan, Pointer
-from .launch import PROCESSORS, Launch, density_launch
+from .direct import Given, Plan
+from .launch import PROCESSORS, DensityLaunch, Launch, density_launch
+from .remembered import remembered
 from .tuning import tuned_choices
 
 # Plain numbers: what divides them is told to the compiler by VEC, so their values must not make new kernels.
@@ -36,7 +36,7 @@ def prepare(
     names: tuple[str, ...],
     out: Tensor,
     *others: Tensor,
-) -> tuple[Launch, tuple[Tensor, ...], Tensor | None]:
+) -> tuple[DensityLaunch, tuple[Tensor, ...], Tensor | None]:
     """The launch for ``out``, dense and of x's shape, and the tensors x, *others and mask to launch it with.
 
     ``mean_offsets`` are those of the layer, or of every layer of a block.
@@ -76,13 +76,12 @@ def _in_order(options: DensityOptions) -> bool:
     return options.density == "gaussian"
 
 
-def run(kernel: Any, launch: Launch, pointers: dict[str, Pointer], grid: tuple[int, ...] = ()) -> None:
-    """Launch a kernel on those of the pointers that it takes, over the launch's grid or one of its own."""
-    x, y, z = (*(grid or (launch.num_programs, max(1, launch.tile.num_chunks))), 1, 1)[:3]
+def run(kernel: Any, launch: Launch, given: dict[str, Given], grid: tuple[int, ...] = ()) -> None:
+    """Launch a kernel on those of the given arguments that it takes, over the launch's grid or one of its own."""
     plan = launch.plans.get(kernel.fn)
     if plan is None:
-        plan = launch.plans[kernel.fn] = Plan(kernel, launch, pointers)
-    plan(pointers, (x, y, z))
+        plan = launch.plans[kernel.fn] = Plan(kernel, launch, given)
+    plan(given, (*(grid or launch.grid), 1, 1)[:3])
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
@@ -90,7 +89,7 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-@lru_cache(maxsize=4096)
+@remembered(4096)
 def _launch(
     shape: torch.Size,
     num_sequences: int | None,
@@ -102,7 +101,7 @@ def _launch(
     num_heads: int,
     num_gaussians: int | tuple[int, ...],
     options: DensityOptions,
-) -> Launch:
+) -> DensityLaunch:
     if num_sequences is None:
         view = slice_view(shape, options.norm_axis, *layouts, in_order=_in_order(options))
     else:  # of no more than all rows, whatever max_seqlen says
@@ -132,8 +131,3 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def forget_launches() -> None:
-    """The next calls work out their launches anew."""
-    _launch.cache_clear()

@@ -131,21 +131,32 @@ class Tile:
 
 @dataclass(frozen=True)
 class Launch:
-    """Everything about a launch that does not depend on where its tensors lie."""
+    """Everything about launches that does not depend on where their tensors lie.
+
+    ``values`` are arguments by their names in the kernels, ``options`` Triton's own, and ``grid`` the programs along up
+    to three axes.
+    """
+
+    values: dict[str, Any]
+    options: dict[str, Any]
+    grid: tuple[int, ...]
+    plans: dict[Any, Any] = field(default_factory=dict, kw_only=True)  # of the kernels launched so far, by function
+
+
+@dataclass(frozen=True)
+class DensityLaunch(Launch):
+    """The same of one direction of density attention."""
 
     tile: Tile
-    num_programs: int  # along the first axis of the grid; the second is the chunks of a slice
     num_slices: int
-    values: dict[str, Any]  # arguments by their names in the kernels
-    plans: dict[Any, Any] = field(default_factory=dict)  # of the kernels launched so far, by their functions
 
-    def arguments(self, kernel: Any) -> dict[str, Any]:
-        """The values that a kernel takes, and its launch options."""
-        chosen = {name: self.values[name] for name in kernel.arg_names if name in self.values}
-        chosen.update(num_warps=self.tile.num_warps, num_stages=1, enable_fp_fusion=True)
-        if LIMIT_REGISTERS:
-            chosen["maxnreg"] = self.tile.registers
-        return chosen
+
+def launch_options(num_warps: int, registers: int | None = None) -> dict[str, Any]:
+    """What Triton is told beside arguments; ``registers`` of a thread, at most, None for all that it may have."""
+    options: dict[str, Any] = dict(num_warps=num_warps, num_stages=1, enable_fp_fusion=True)
+    if LIMIT_REGISTERS:
+        options["maxnreg"] = registers or most_registers(num_warps)
+    return options
 
 
 def density_launch(
@@ -157,7 +168,7 @@ def density_launch(
     flags: dict[str, Any],
     processors: int = PROCESSORS,
     tuned: Mapping[Problem, Choice] = MappingProxyType({}),
-) -> Launch:
+) -> DensityLaunch:
     """The launch of one direction: backward where ``names`` has a g.
 
     ``num_gaussians``: for a block, one for each of its layers.
@@ -209,7 +220,11 @@ def density_launch(
         scaled = (o // vec, r // vec, i) if tile.columns else (o // vec, r, i // vec)
         values.update(zip((f"{name}_stride_o", f"{name}_stride_r", f"{name}_stride_i"), scaled))
     values.update(zip(("mask_stride_o", "mask_stride_r", "mask_stride_i"), mask_strides))
-    return Launch(tile, tile.num_blocks * num_heads, values["num_slices"], values)
+    options, grid = (
+        launch_options(tile.num_warps, tile.registers),
+        (tile.num_blocks * num_heads, max(1, tile.num_chunks)),
+    )
+    return DensityLaunch(values, options, grid, tile, values["num_slices"])
 
 
 def _unrolled(tile: Tile, num_mixed: int, itemsize: int) -> int:

@@ -126,7 +126,7 @@ def store(device: Device, changes: Mapping[Problem, Choice | None]) -> Path:
 @contextlib.contextmanager
 def replaced(choices: Mapping[Problem, Choice]) -> Iterator[None]:
     """Launch with these choices in the place of what any file holds; the tuner's, and not safe among threads."""
-    from .host import forget_launches
+    from .remembered import forget_launches
 
     global _replacement
     before, _replacement = _replacement, choices

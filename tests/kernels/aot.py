@@ -299,7 +299,8 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
     from triton.runtime.jit import JITFunction
 
     from daam_kernels import options
-    from daam_kernels.kernels import density_backward, density_block, density_forward, host, launch, mixture_backward
+    from daam_kernels.kernels import density_backward, density_block, density_forward, launch, mixture_backward
+    from daam_kernels.kernels.remembered import forget_launches
     from daam_kernels.ops.density_attention import _new_stats
 
     modules = density_forward, density_backward, density_block, mixture_backward
@@ -307,7 +308,7 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
     for function in jitted:
         function.device_caches.clear()
     launch.LIMIT_REGISTERS = TARGETS[target][0] == "cuda"
-    host.forget_launches()
+    forget_launches()
     case = CASES[name]
     if isinstance(case, AdditiveCase):
         return compile_additive(case, DTYPES[dtype], target)

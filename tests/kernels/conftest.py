@@ -7,13 +7,14 @@ import pytest
 def small_tiles(monkeypatch):
     """Tiles so small that short slices are split over blocks, each with several tiles."""
     from daam_kernels.kernels import host, launch
+    from daam_kernels.kernels.remembered import forget_launches
 
     monkeypatch.setattr(launch, "BUDGET", launch.Budget(64, 64, 64, 64, split=64, usual=64, merged=64))
     monkeypatch.setattr(launch, "_PROGRAMS_EACH", 8)
     monkeypatch.setattr(host, "processors", lambda device: 1)
-    host.forget_launches()
+    forget_launches()
     yield
-    host.forget_launches()
+    forget_launches()
 
 
 @pytest.fixture

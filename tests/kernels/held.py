@@ -39,7 +39,8 @@ def main():
     os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
     from triton import knobs
 
-    from daam_kernels.kernels import density_forward, host
+    from daam_kernels.kernels import density_forward
+    from daam_kernels.kernels.remembered import forget_launches
     from daam_kernels.options import DensityOptions
 
     dispatched, kernel = [], density_forward.forward_resident
@@ -77,7 +78,7 @@ def main():
         kernel.pre_run_hooks.append(lambda *arguments, **named: None)
         found["with a hook before"] = launch(aligned)
         kernel.pre_run_hooks.clear()
-        host.forget_launches()
+        forget_launches()
         found["forgotten"] = launch(aligned)
     json.dump(found, sys.stdout)
     sys.stdout.flush()

@@ -174,7 +174,8 @@ def test_other_tiles_keep_the_contract(dtype, launched):
 
 @interpreted
 def test_a_stored_tile_is_launched_unless_it_is_switched_off(monkeypatch):
-    from daam_kernels.kernels import density_forward, host
+    from daam_kernels.kernels import density_forward
+    from daam_kernels.kernels.remembered import forget_launches
 
     x, _, parameters = inputs(torch.float32)
     device, asked, tiles, reads = tuning.model_of(x.device), Asked(), [], []
@@ -190,10 +191,10 @@ def test_a_stored_tile_is_launched_unless_it_is_switched_off(monkeypatch):
     monkeypatch.setattr(tuning, "read", lambda *arguments: reads.append(arguments) or read(*arguments))
     for setting in ("", "0"):
         monkeypatch.setenv(tuning.SWITCH, setting)
-        host.forget_launches()
+        forget_launches()
         for _ in range(2):
             daam_kernels.density_attention(x, *parameters, norm_axis=1, backend="triton")
-    host.forget_launches()
+    forget_launches()
     ((problem, choice),) = asked.items()
     assert tiles[:2] == [cut(problem, choice)] * 2 and tiles[2:] == [cut(problem, ladder(problem))] * 2
     assert len(reads) == 1
