@@ -12,10 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..options import AdditiveProblem
-from .additive_host import SIZES, prepare
+from .additive_host import HELD, SIZES, AdditiveSizes, prepare
 from .additive_launch import backward_tile
 from .additive_math import activations, dropped, finite, masked, product, split_program, unmasked_scores
-from .host import device_of
+from .host import device_of, run
+from .launch import Launch
+from .remembered import remembered
 
 
 @triton.jit
@@ -167,25 +169,32 @@ def additive_backward(
     The gradient of a mask needs memory for one number per query and key.
     """
     query, key, value, weight, attn_mask = problem[:5]
-    batch, heads, queries, keys = problem.shape_of_scores
-    tile = backward_tile(queries, lse.element_size())
-    query_blocks, key_blocks = -(-queries // tile.block_q), -(-keys // tile.block_k)
+    sizes, pointers = prepare(problem, grad=grad, grad_weights=grad_weights)
+    of_queries, of_keys = _launches(sizes)
     d_query, d_key, d_value = (lse.new_zeros(t.shape) for t in (query, key, value))
-    d_weight = lse.new_zeros((batch, heads, key_blocks, query.shape[3]))
-    d_mask = lse.new_zeros(problem.shape_of_scores) if mask_gradient else None
+    d_weight = lse.new_zeros((*sizes.scores[:2], of_keys.values["num_blocks"], sizes.hidden))
+    d_mask = lse.new_zeros(sizes.scores) if mask_gradient else None
     if lse.numel() > 0:
-        run = prepare(problem, grad=grad, grad_weights=grad_weights)
-        given = dict(delta_ptr=delta.contiguous(), lse_ptr=lse)
+        pointers.update(delta_ptr=delta.contiguous(), lse_ptr=lse)
+        owned = dict(d_owned_ptr=d_query, d_value_ptr=None, d_weight_ptr=None, d_mask_ptr=d_mask)
         with device_of(lse):
-            run(
-                additive_gradients, (batch * heads * query_blocks,), tile, OWNS_KEYS=False, num_blocks=query_blocks,
-                d_owned_ptr=d_query, d_value_ptr=None, d_weight_ptr=None, d_mask_ptr=d_mask, **given,
-            )  # fmt: skip
-            run(
-                additive_gradients, (batch * heads * key_blocks,), tile, OWNS_KEYS=True, num_blocks=key_blocks,
-                d_owned_ptr=d_key, d_value_ptr=d_value, d_weight_ptr=d_weight, d_mask_ptr=None, **given,
-            )  # fmt: skip
+            run(additive_gradients, of_queries, pointers | owned)
+            owned = dict(d_owned_ptr=d_key, d_value_ptr=d_value, d_weight_ptr=d_weight, d_mask_ptr=None)
+            run(additive_gradients, of_keys, pointers | owned)
     gradients = (total.to(query.dtype) for total in (d_query, d_key, d_value))
     if d_mask is not None:
         d_mask = d_mask.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
     return *gradients, d_weight.sum((0, 2)).to(weight.dtype), d_mask
+
+
+@remembered(HELD)
+def _launches(sizes: AdditiveSizes) -> tuple[Launch, Launch]:
+    """(for the queries, for the keys)."""
+    _, _, queries, keys = sizes.scores
+    tile = backward_tile(queries, sizes.itemsize)
+    blocks = -(-queries // tile.block_q), -(-keys // tile.block_k)
+    of_queries, of_keys = (
+        sizes.launch(tile, (sizes.slices * number,), OWNS_KEYS=owns_keys, num_blocks=number)
+        for owns_keys, number in zip((False, True), blocks)
+    )
+    return of_queries, of_keys

@@ -12,11 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..options import AdditiveProblem
-from .additive_host import SIZES, prepare
+from .additive_host import HELD, SIZES, AdditiveSizes, prepare
 from .additive_launch import forward_tile
 from .additive_math import dropped, finite, masked, product, split_program, unmasked_scores
 from .additive_weights import write_weights
-from .host import device_of
+from .host import device_of, run
+from .launch import Launch
+from .remembered import remembered
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -108,24 +110,29 @@ def additive_forward(problem: AdditiveProblem) -> tuple[Tensor, Tensor, Tensor |
     output, lse, weights = problem.new_results()
     if lse.numel() == 0:
         return output, lse, weights
-    batch, heads, queries, keys = problem.shape_of_scores
-    value_dim = output.shape[3]
-    tile = forward_tile(batch * heads, queries, keys, value_dim, lse.element_size())
+    sizes, pointers = prepare(problem)
+    launch, merge, num_splits = _launches(sizes)
     split, split_lse = output, lse
-    if tile.num_splits > 1:
-        split, split_lse = (t.new_empty((tile.num_splits, *t.shape)) for t in (output, lse))
-    run = prepare(problem)
-    blocks, value_blocks = -(-queries // tile.block_q), -(-value_dim // tile.block_v)
+    if num_splits > 1:
+        split, split_lse = (t.new_empty((num_splits, *t.shape)) for t in (output, lse))
     with device_of(lse):
-        run(
-            additive_output, (batch * heads * blocks, tile.num_splits, value_blocks), tile, output_ptr=split,
-            lse_ptr=split_lse, num_blocks=blocks, keys_per_split=tile.keys_per_split,
-        )  # fmt: skip
-        if tile.num_splits > 1:
-            run(
-                merge_splits, (lse.numel(), value_blocks), tile, partial_ptr=split, partial_lse_ptr=split_lse,
-                output_ptr=output, lse_ptr=lse, rows=lse.numel(), num_splits=tile.num_splits,
-            )  # fmt: skip
+        run(additive_output, launch, pointers | dict(output_ptr=split, lse_ptr=split_lse))
+        if merge is not None:
+            run(merge_splits, merge, dict(partial_ptr=split, partial_lse_ptr=split_lse, output_ptr=output, lse_ptr=lse))
         if weights is not None:
-            write_weights(problem, lse, weights, run)
+            write_weights(sizes, pointers, lse, weights)
     return output, lse, weights
+
+
+@remembered(HELD)
+def _launches(sizes: AdditiveSizes) -> tuple[Launch, Launch | None, int]:
+    """(of a split's output, of merging them where there are several, how many)."""
+    _, _, queries, keys = sizes.scores
+    tile = forward_tile(sizes.slices, queries, keys, sizes.value_dim, sizes.itemsize)
+    blocks, value_blocks = -(-queries // tile.block_q), -(-sizes.value_dim // tile.block_v)
+    grid = sizes.slices * blocks, tile.num_splits, value_blocks
+    output, merge = sizes.launch(tile, grid, num_blocks=blocks, keys_per_split=tile.keys_per_split), None
+    if tile.num_splits > 1:
+        rows = sizes.slices * queries
+        merge = sizes.launch(tile, (rows, value_blocks), rows=rows, num_splits=tile.num_splits)
+    return output, merge, tile.num_splits

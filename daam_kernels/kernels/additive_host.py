@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -12,58 +12,87 @@ from torch import Tensor
 from ..options import AdditiveProblem
 from ..reference.dropout import dropout_threshold
 from .additive_launch import AdditiveTile, _power_of_two
+from .launch import Launch, launch_options
 
 ON_NVIDIA = torch.version.hip is None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HELD = 1024  # launches of every kind: in decoding the keys are others at every step, but not in every layer
 
 # Plain numbers whose values must not make new kernels. Of hidden, value_dim and the strides the compiler must know what
 # 16 divides, or it cannot use 16-byte accesses.
 SIZES = ["heads", "queries", "slices", "threshold", "num_blocks", "keys_per_split", "rows", "num_splits"]
 
 
-def prepare(problem: AdditiveProblem, **others: Tensor | None) -> Callable[..., None]:
-    """run(kernel, grid, tile, **arguments) on the problem's tensors: gives a kernel what it takes of all.
+class AdditiveSizes(NamedTuple):
+    """All that a launch depends on. ``strides``: of ``names``, but along the last axis; 0 of what is not there."""
+
+    device: torch.device
+    dtype: torch.dtype
+    scores: tuple[int, int, int, int]  # batch, heads, queries, keys
+    hidden: int
+    value_dim: int
+    names: tuple[str, ...]
+    strides: tuple[tuple[int, ...], ...]
+    mask_strides: tuple[int, ...]
+    key_mask_strides: tuple[int, ...]
+    added: bool  # the mask, to the scores
+    is_causal: bool
+    dropout_p: float
+    scale: float
+    fast_tanh: bool
+    average_weights: bool
+
+    @property
+    def slices(self) -> int:
+        return self.scores[0] * self.scores[1]
+
+    @property
+    def itemsize(self) -> int:
+        """Of the arithmetic type, in bytes."""
+        return max(4, self.dtype.itemsize)
+
+    def launch(self, tile: AdditiveTile, grid: tuple[int, ...], **others: Any) -> Launch:
+        """Of a kernel that takes, of the problem and ``others``, whatever it has arguments for."""
+        _, heads, queries, keys = self.scores
+        values = {
+            "heads": heads, "queries": queries, "keys": keys, "hidden": self.hidden, "value_dim": self.value_dim,
+            "slices": self.slices, "threshold": dropout_threshold(self.dropout_p),
+            "ADDED": self.added, "CAUSAL": self.is_causal, "DROPOUT": self.dropout_p, "SCALE": self.scale,
+            "FAST": self.fast_tanh and ON_NVIDIA and not INTERPRETED and self.dtype != torch.float64,
+            "PRECISION": dot_precision(self.dtype), "ACC": tl.float64 if self.dtype == torch.float64 else tl.float32,
+            "BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c, "BLOCK_V": tile.block_v,
+            "BLOCK_N": _power_of_two(tile.num_splits), **others,
+        }  # fmt: skip
+        for name, strides in zip(self.names, self.strides):
+            values.update(zip((f"{name}_stride_{axis}" for axis in "bht"), strides))
+        values.update(zip((f"mask_stride_{axis}" for axis in "bhqk"), self.mask_strides))
+        values.update(zip(("key_mask_stride_b", "key_mask_stride_k"), self.key_mask_strides))
+        return Launch(values, launch_options(tile.num_warps), grid)
+
+
+def prepare(problem: AdditiveProblem, **others: Tensor | None) -> tuple[AdditiveSizes, dict[str, Tensor | None]]:
+    """The sizes of a problem, and its tensors as the kernels call them.
 
     A tensor is copied only where its last axis is not contiguous. ``others``, [batch, heads, T, size], get strides too.
     """
     query, key, value, weight, attn_mask, key_mask, seed = problem.tensors
-    batch, heads, queries, keys = problem.shape_of_scores
+    scores = problem.shape_of_scores
     tensors = {"query": query, "key": key, "value": value, **others}
     tensors = {name: t if t is None or t.stride(-1) == 1 else t.contiguous() for name, t in tensors.items()}
     if attn_mask is not None:
-        attn_mask = attn_mask.expand(batch, heads, queries, keys)
-    dtype = query.dtype
-    values = {
-        "weight_ptr": weight.contiguous(), "seed_ptr": seed, "mask_ptr": _bytes(attn_mask),
-        "key_mask_ptr": _bytes(key_mask), "heads": heads, "queries": queries, "keys": keys,
-        "hidden": query.shape[3], "value_dim": value.shape[3], "slices": batch * heads,
-        "threshold": dropout_threshold(problem.dropout_p),
-        "ADDED": attn_mask is not None and attn_mask.dtype != torch.bool, "CAUSAL": problem.is_causal,
-        "DROPOUT": problem.dropout_p, "SCALE": problem.scale,
-        "FAST": problem.fast_tanh and ON_NVIDIA and not INTERPRETED and dtype != torch.float64,
-        "PRECISION": dot_precision(dtype),
-        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-    }  # fmt: skip
-    for name, t in tensors.items():
-        values[f"{name}_ptr"] = t
-        strides = (0, 0, 0) if t is None else t.stride()[:3]
-        values.update(zip((f"{name}_stride_{axis}" for axis in "bht"), strides))
-    strides = (0,) * 4 if attn_mask is None else attn_mask.stride()
-    values.update(zip((f"mask_stride_{axis}" for axis in "bhqk"), strides))
-    values.update(zip(("key_mask_stride_b", "key_mask_stride_k"), (0, 0) if key_mask is None else key_mask.stride()))
-
-    def run(kernel, grid: tuple[int, ...], tile: AdditiveTile, **arguments) -> None:
-        blocks = {
-            "BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c, "BLOCK_V": tile.block_v,
-            "BLOCK_N": _power_of_two(tile.num_splits),
-        }  # fmt: skip
-        known = values | blocks | arguments
-        taken = {name: known[name] for name in kernel.arg_names if name in known}
-        if ON_NVIDIA:  # told that all registers may be used, ptxas does not spill to use fewer
-            taken["maxnreg"] = min(255, 65536 // (32 * tile.num_warps))
-        kernel[grid](**taken, num_warps=tile.num_warps, num_stages=1, enable_fp_fusion=True)
-
-    return run
+        attn_mask = attn_mask.expand(scores)
+    sizes = AdditiveSizes(
+        query.device, query.dtype, scores, query.shape[3], value.shape[3],
+        tuple(tensors), tuple([(0, 0, 0) if t is None else t.stride()[:3] for t in tensors.values()]),
+        (0, 0, 0, 0) if attn_mask is None else attn_mask.stride(), (0, 0) if key_mask is None else key_mask.stride(),
+        attn_mask is not None and attn_mask.dtype != torch.bool, problem.is_causal, problem.dropout_p, problem.scale,
+        problem.fast_tanh, problem.average_weights,
+    )  # fmt: skip
+    pointers = {f"{name}_ptr": t for name, t in tensors.items()}
+    pointers.update(
+        weight_ptr=weight.contiguous(), seed_ptr=seed, mask_ptr=_bytes(attn_mask), key_mask_ptr=_bytes(key_mask)
+    )
+    return sizes, pointers
 
 
 def dot_precision(dtype: torch.dtype) -> str:

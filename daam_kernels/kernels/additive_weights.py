@@ -6,18 +6,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..options import AdditiveProblem
-from .additive_host import SIZES, prepare
+from .additive_host import HELD, SIZES, AdditiveSizes, prepare
 from .additive_launch import backward_tile
 from .additive_math import dropped, finite, masked, split_program, unmasked_scores
-from .host import device_of
+from .host import device_of, run
+from .launch import Launch
+from .remembered import remembered
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -106,25 +106,34 @@ def sum_weights(
     tl.store(delta_ptr + slice_number * queries + rows, total, mask=row_inside)
 
 
-def write_weights(problem: AdditiveProblem, lse: Tensor, weights: Tensor, run: Callable[..., None]) -> None:
-    """Into ``weights``, contiguous, as of ``new_results``; ``run`` is of ``prepare`` for the problem."""
-    batch, heads, queries, keys = weights.shape
-    tile = backward_tile(queries, lse.element_size())
-    blocks = -(-keys // tile.block_k)
-    run(
-        additive_weights, (batch * heads * blocks, -(-queries // tile.block_q)), tile, lse_ptr=lse,
-        weights_ptr=weights, num_blocks=blocks, AVERAGE=problem.average_weights,
-    )  # fmt: skip
+def write_weights(sizes: AdditiveSizes, pointers: dict, lse: Tensor, weights: Tensor) -> None:
+    """Into ``weights``, contiguous, as of ``new_results``; the others are of ``prepare`` for the problem."""
+    run(additive_weights, _weights_launch(sizes), pointers | dict(lse_ptr=lse, weights_ptr=weights))
 
 
 def additive_weights_delta(problem: AdditiveProblem, lse: Tensor, grad_weights: Tensor) -> Tensor:
     """Each query's sum of its weights times their gradients, [batch, heads, Tq]; of [batch, heads, Tq, Tk]."""
     delta = torch.empty_like(lse)
     if delta.numel() > 0:
-        batch, heads, queries = lse.shape
-        tile = backward_tile(queries, lse.element_size())
-        blocks = -(-queries // tile.block_q)
-        run = prepare(problem, grad_weights=grad_weights)
+        sizes, pointers = prepare(problem, grad_weights=grad_weights)
         with device_of(lse):
-            run(sum_weights, (batch * heads * blocks,), tile, lse_ptr=lse, delta_ptr=delta, num_blocks=blocks)
+            run(sum_weights, _delta_launch(sizes), pointers | dict(lse_ptr=lse, delta_ptr=delta))
     return delta
+
+
+@remembered(HELD)
+def _weights_launch(sizes: AdditiveSizes) -> Launch:
+    batch, heads, queries, keys = sizes.scores
+    tile = backward_tile(queries, sizes.itemsize)
+    blocks = -(-keys // tile.block_k)
+    written = batch if sizes.average_weights else sizes.slices
+    grid = written * blocks, -(-queries // tile.block_q)
+    return sizes.launch(tile, grid, num_blocks=blocks, AVERAGE=sizes.average_weights)
+
+
+@remembered(HELD)
+def _delta_launch(sizes: AdditiveSizes) -> Launch:
+    queries = sizes.scores[2]
+    tile = backward_tile(queries, sizes.itemsize)
+    blocks = -(-queries // tile.block_q)
+    return sizes.launch(tile, (sizes.slices * blocks,), num_blocks=blocks)
