@@ -57,7 +57,7 @@ class PoolLaunch:
         return self.hop_blocks == self.column_blocks == 1
 
     def options(self) -> dict[str, int | bool]:
-        return _options(self.num_warps)
+        return launch.launch_options(self.num_warps)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class WidePoolLaunch:
     hop_blocks: int
 
     def options(self) -> dict[str, int | bool]:
-        return _options(_MOST_WARPS)
+        return launch.launch_options(_MOST_WARPS)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class HiddenGradientLaunch:
     column_blocks: int
 
     def options(self) -> dict[str, int | bool]:
-        return _options(_MOST_WARPS)
+        return launch.launch_options(_MOST_WARPS)
 
 
 def hidden_launch(hidden: int, embed_dim: int, strides: tuple[int, ...], itemsize: int) -> HiddenLaunch:
@@ -268,13 +268,6 @@ def _cached_rows(embed_dim: int, itemsize: int) -> int:
     """As many as stay in the cache until they are read again; a power of two."""
     rows = max(1, _CACHED // (embed_dim * itemsize))
     return min(_MOST_CACHED_ROWS, 1 << (rows.bit_length() - 1))
-
-
-def _options(num_warps: int) -> dict[str, int | bool]:
-    chosen = dict(num_warps=num_warps, num_stages=1, enable_fp_fusion=True)
-    if launch.LIMIT_REGISTERS:
-        chosen["maxnreg"] = min(255, 65536 // (32 * num_warps))
-    return chosen
 
 
 def _elements(itemsize: int) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .additive_host import INTERPRETED, dot_precision
 from .additive_math import operand
@@ -75,7 +76,7 @@ def precision_of(dtype: torch.dtype) -> str:
     return dot_precision(torch.float32) if dtype.itemsize == 2 else "ieee"
 
 
-def scorer_of(pooling: Pooling) -> dict:
+def scorer_of(pooling: Pooling) -> dict[str, Tensor | None]:
     """What scores are made of, as the kernels take it; layers that are not there are None.
 
     The query comes times scale log2 e, since exponentials are of base 2, the layers' weights in the type that x is
@@ -87,6 +88,4 @@ def scorer_of(pooling: Pooling) -> dict:
     return dict(
         query_ptr=query.contiguous(), key_weight_ptr=None if key is None else key.to(dtype), key_bias_ptr=key_bias,
         gate_weight_ptr=None if gate is None else gate.to(dtype), gate_bias_ptr=gate_bias,
-        HIDDEN=query.shape[1], PRECISION=precision_of(pooling.x.dtype),
-        PRECISION_BACK=dot_precision(pooling.arithmetic), TYPE=TYPES[dtype],
     )  # fmt: skip

@@ -380,10 +380,11 @@ def compile_pool(case: PoolCase, dtype: torch.dtype, target: str) -> list[dict]:
     """The same of a case of attention pooling."""
     from triton.runtime.jit import JITFunction
 
-    from daam_kernels.kernels import additive_host, attention_pool
+    from daam_kernels.kernels import additive_host, attention_pool, attention_pool_host
     from daam_kernels.ops.attention_pool import Pooling
 
-    jitted = [f for f in vars(attention_pool).values() if isinstance(f, JITFunction)]
+    modules = attention_pool, attention_pool_host
+    jitted = [f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)]
     for function in jitted:
         function.device_caches.clear()
     additive_host.ON_NVIDIA = TARGETS[target][0] == "cuda"

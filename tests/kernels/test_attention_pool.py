@@ -11,9 +11,18 @@ if "triton" not in POOL_BACKENDS:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from daam_kernels.kernels import attention_pool, attention_pool_launch
+from daam_kernels.kernels.remembered import forget_launches
 
 DEVICE = device_of("triton")
 LENGTHS = (1, 30, 0, 11)
+
+
+@pytest.fixture(autouse=True)
+def nothing_held():
+    """A test may change what launches are worked out from."""
+    forget_launches()
+    yield
+    forget_launches()
 
 
 @pytest.fixture
@@ -29,9 +38,9 @@ def launched(monkeypatch):
     """(name, grid) of the kernels launched so far."""
     found = []
 
-    def run(kernel, grid, original=attention_pool.run, **arguments):
-        found.append((kernel.fn.__name__, grid))
-        original(kernel, grid, **arguments)
+    def run(kernel, launch, given, original=attention_pool.run):
+        found.append((kernel.fn.__name__, launch.grid))
+        original(kernel, launch, given)
 
     monkeypatch.setattr(attention_pool, "run", run)
     return found
@@ -42,11 +51,11 @@ def readers(monkeypatch):
     """After x, which a test puts there: the names of the kernels launched so far that were given x itself."""
     found = []
 
-    def run(kernel, grid, original=attention_pool.run, **arguments):
-        given = (t for name, t in arguments.items() if name in kernel.arg_names and isinstance(t, torch.Tensor))
-        if any(t.data_ptr() == found[0].data_ptr() for t in given):
+    def run(kernel, launch, given, original=attention_pool.run):
+        tensors = (t for name, t in given.items() if name in kernel.arg_names and isinstance(t, torch.Tensor))
+        if any(t.data_ptr() == found[0].data_ptr() for t in tensors):
             found.append(kernel.fn.__name__)
-        original(kernel, grid, **arguments)
+        original(kernel, launch, given)
 
     monkeypatch.setattr(attention_pool, "run", run)
     return found
