@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..options import AdditiveProblem
 from .additive_host import HELD, SIZES, AdditiveSizes, prepare
-from .additive_launch import forward_tile
+from .additive_launch import _power_of_two, forward_tile
 from .additive_math import dropped, finite, masked, product, split_program, unmasked_scores
 from .additive_weights import write_weights
 from .host import device_of, run
@@ -134,5 +134,9 @@ def _launches(sizes: AdditiveSizes) -> tuple[Launch, Launch | None, int]:
     output, merge = sizes.launch(tile, grid, num_blocks=blocks, keys_per_split=tile.keys_per_split), None
     if tile.num_splits > 1:
         rows = sizes.slices * queries
-        merge = sizes.launch(tile, (rows, value_blocks), rows=rows, num_splits=tile.num_splits)
+        values = dict(
+            rows=rows, value_dim=sizes.value_dim, num_splits=tile.num_splits, ACC=sizes.triton_arithmetic,
+            BLOCK_N=_power_of_two(tile.num_splits), BLOCK_V=tile.block_v,
+        )  # fmt: skip
+        merge = Launch(values, output.options, grid=(rows, value_blocks))
     return output, merge, tile.num_splits

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..options import AdditiveProblem
 from ..reference.dropout import dropout_threshold
-from .additive_launch import AdditiveTile, _power_of_two
+from .additive_launch import AdditiveTile
 from .launch import Launch, launch_options
 
 ON_NVIDIA = torch.version.hip is None
@@ -22,9 +22,12 @@ HELD = 1024  # launches of every kind: in decoding the keys are others at every 
 # 16 divides, or it cannot use 16-byte accesses.
 SIZES = ["heads", "queries", "slices", "threshold", "num_blocks", "keys_per_split", "rows", "num_splits"]
 
+_AXES = {**dict.fromkeys(("query", "key", "value", "grad", "grad_weights"), "bht"), "mask": "bhqk", "key_mask": "bk"}
+_STRIDES = {name: tuple(f"{name}_stride_{axis}" for axis in axes) for name, axes in _AXES.items()}
+
 
 class AdditiveSizes(NamedTuple):
-    """All that a launch depends on. ``strides``: of ``names``, but along the last axis; 0 of what is not there."""
+    """All that a launch depends on. ``strides``: of ``names``, but along a last axis that is contiguous; 0 of None."""
 
     device: torch.device
     dtype: torch.dtype
@@ -33,8 +36,6 @@ class AdditiveSizes(NamedTuple):
     value_dim: int
     names: tuple[str, ...]
     strides: tuple[tuple[int, ...], ...]
-    mask_strides: tuple[int, ...]
-    key_mask_strides: tuple[int, ...]
     added: bool  # the mask, to the scores
     is_causal: bool
     dropout_p: float
@@ -51,6 +52,10 @@ class AdditiveSizes(NamedTuple):
         """Of the arithmetic type, in bytes."""
         return max(4, self.dtype.itemsize)
 
+    @property
+    def triton_arithmetic(self) -> tl.dtype:
+        return tl.float64 if self.dtype == torch.float64 else tl.float32
+
     def launch(self, tile: AdditiveTile, grid: tuple[int, ...], **others: Any) -> Launch:
         """Of a kernel that takes, of the problem and ``others``, whatever it has arguments for."""
         _, heads, queries, keys = self.scores
@@ -59,15 +64,13 @@ class AdditiveSizes(NamedTuple):
             "slices": self.slices, "threshold": dropout_threshold(self.dropout_p),
             "ADDED": self.added, "CAUSAL": self.is_causal, "DROPOUT": self.dropout_p, "SCALE": self.scale,
             "FAST": self.fast_tanh and ON_NVIDIA and not INTERPRETED and self.dtype != torch.float64,
-            "PRECISION": dot_precision(self.dtype), "ACC": tl.float64 if self.dtype == torch.float64 else tl.float32,
+            "PRECISION": dot_precision(self.dtype), "ACC": self.triton_arithmetic,
             "BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c, "BLOCK_V": tile.block_v,
-            "BLOCK_N": _power_of_two(tile.num_splits), **others,
+            **others,
         }  # fmt: skip
         for name, strides in zip(self.names, self.strides):
-            values.update(zip((f"{name}_stride_{axis}" for axis in "bht"), strides))
-        values.update(zip((f"mask_stride_{axis}" for axis in "bhqk"), self.mask_strides))
-        values.update(zip(("key_mask_stride_b", "key_mask_stride_k"), self.key_mask_strides))
-        return Launch(values, launch_options(tile.num_warps), grid)
+            values.update(zip(_STRIDES[name], strides))
+        return Launch(values, launch_options(tile.num_warps), grid=grid)
 
 
 def prepare(problem: AdditiveProblem, **others: Tensor | None) -> tuple[AdditiveSizes, dict[str, Tensor | None]]:
@@ -81,10 +84,12 @@ def prepare(problem: AdditiveProblem, **others: Tensor | None) -> tuple[Additive
     tensors = {name: t if t is None or t.stride(-1) == 1 else t.contiguous() for name, t in tensors.items()}
     if attn_mask is not None:
         attn_mask = attn_mask.expand(scores)
+    names = *tensors, "mask", "key_mask"
+    strides = [(0, 0, 0) if t is None else t.stride()[:3] for t in tensors.values()]
+    strides += [(0, 0, 0, 0) if attn_mask is None else attn_mask.stride()]
+    strides += [(0, 0) if key_mask is None else key_mask.stride()]
     sizes = AdditiveSizes(
-        query.device, query.dtype, scores, query.shape[3], value.shape[3],
-        tuple(tensors), tuple([(0, 0, 0) if t is None else t.stride()[:3] for t in tensors.values()]),
-        (0, 0, 0, 0) if attn_mask is None else attn_mask.stride(), (0, 0) if key_mask is None else key_mask.stride(),
+        query.device, query.dtype, scores, query.shape[3], value.shape[3], names, tuple(strides),
         attn_mask is not None and attn_mask.dtype != torch.bool, problem.is_causal, problem.dropout_p, problem.scale,
         problem.fast_tanh, problem.average_weights,
     )  # fmt: skip

@@ -24,15 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .attention_pool_hidden_gradient import pool_hidden_dx, pool_layer_sums
-from .attention_pool_host import (
-    dot_backward_launches,
-    forward_launches,
-    hidden_backward_launches,
-    sizes_of,
-)
+from .attention_pool_host import Sweep, dot_backward_sweeps, forward_sweeps, hidden_backward_sweeps, sizes_of
 from .attention_pool_layers import scorer_of
-from .attention_pool_sweeps import pool_merge, pool_query_sums
 from .attention_pool_wide import pool_wide_sums
 from .attention_pool_wide_gradient import pool_wide_gradient
 from .host import device_of, run
@@ -44,18 +37,18 @@ if TYPE_CHECKING:
 def pool_forward(pooling: Pooling, scores: Tensor | None) -> tuple[Tensor, Tensor]:
     """(context, lse) as of ``attention_pool_blocks.forward``; fills scores, where they are given full of -inf."""
     x, arithmetic, hops = _rows_of(pooling.x), pooling.arithmetic, pooling.query.shape[0]
-    launches = forward_launches(sizes_of(pooling, x))
-    if launches.kernel is pool_wide_sums and scores is None:
+    summing, merging = forward_sweeps(sizes_of(pooling, x))
+    if summing.kernel is pool_wide_sums and scores is None:
         scores = x.new_empty(pooling.shape_of_scores, dtype=arithmetic)
-    shape = pooling.num_bags, launches.num_chunks, hops
+    shape = pooling.num_bags, summing.numbers["num_chunks"], hops
     sums = x.new_empty((*shape, x.shape[-1]), dtype=arithmetic)
     tops, totals = (x.new_empty(shape, dtype=arithmetic) for _ in range(2))
     context = x.new_empty((pooling.num_bags, hops, x.shape[-1]), dtype=arithmetic)
     lse = x.new_empty((pooling.num_bags, hops), dtype=arithmetic)
     found = dict(sums_ptr=sums, tops_ptr=tops, totals_ptr=totals)
     with device_of(x):
-        run(launches.kernel, launches.sums, _bags_of(pooling, x) | scorer_of(pooling) | found | dict(scores_ptr=scores))
-        run(pool_merge, launches.merge, found | dict(context_ptr=context, lse_ptr=lse))
+        _run(summing, _bags_of(pooling, x) | scorer_of(pooling) | found | dict(scores_ptr=scores))
+        _run(merging, found | dict(context_ptr=context, lse_ptr=lse))
     return context, lse
 
 
@@ -77,24 +70,25 @@ def pool_backward(
 def _dot_backward(pooling: Pooling, x: Tensor, given: dict[str, Any], dx: Tensor) -> list[Tensor | None]:
     """Writes dx, and returns the gradients of the scorer's tensors."""
     (hops, embed_dim), arithmetic = pooling.query.shape, pooling.arithmetic
-    launches = dot_backward_launches(sizes_of(pooling, x, dx))
+    gradient, query_sums = dot_backward_sweeps(sizes_of(pooling, x, dx))
     given["d_scores_ptr"] = (torch.empty if pooling.lengths is None else torch.zeros)(
         pooling.shape_of_scores, dtype=arithmetic, device=x.device
     )
-    if launches.kernel is pool_wide_gradient:
+    if gradient.kernel is pool_wide_gradient:
         given["given_ptr"] = x.new_empty(pooling.shape_of_scores, dtype=arithmetic)
-    sums = given["sums_ptr"] = x.new_empty((pooling.num_bags, launches.num_chunks, hops, embed_dim), dtype=arithmetic)
+    shape = pooling.num_bags, query_sums.numbers["num_chunks"], hops, embed_dim
+    sums = given["sums_ptr"] = x.new_empty(shape, dtype=arithmetic)
     with device_of(x):
-        run(launches.kernel, launches.gradient, given)
-        run(pool_query_sums, launches.query_sums, given)
+        _run(gradient, given)
+        _run(query_sums, given)
     d_query = pooling.scale * sums.sum((0, 1), dtype=torch.float64)
     return [d_query.to(pooling.query.dtype), None, None, None, None]
 
 
 def _hidden_backward(pooling: Pooling, x: Tensor, given: dict[str, Any], dx: Tensor) -> list[Tensor | None]:
     """The same with a hidden layer, a segment of rows after the other."""
-    launches = hidden_backward_launches(sizes_of(pooling, x, dx))
-    cut, (hops, hidden), embed_dim = launches.cut, pooling.query.shape, x.shape[-1]
+    sweeps = hidden_backward_sweeps(sizes_of(pooling, x, dx))
+    cut, (hops, hidden), embed_dim = sweeps.cut, pooling.query.shape, x.shape[-1]
     units, kept = hidden * cut.layers, cut.segment_rows
     new = functools.partial(x.new_empty, dtype=pooling.arithmetic)
     d_query = new((pooling.num_bags * cut.num_chunks if cut.whole else cut.sum_blocks, hops, hidden))
@@ -115,18 +109,22 @@ def _hidden_backward(pooling: Pooling, x: Tensor, given: dict[str, Any], dx: Ten
         for first in range(0, num_rows, kept):
             end = min(first + kept, num_rows)
             given.update(first_row=first, end_row=end)
-            run(launches.kernel, launches.gradient, given)
-            run(pool_hidden_dx, launches.gradient, given)
-            run(pool_layer_sums, launches.layer_sums, given | dict(valid_ptr=valid))
-            if launches.products is not None:
+            _run(sweeps.gradient, given)
+            _run(sweeps.dx, given)
+            _run(sweeps.layer_sums, given | dict(valid_ptr=valid))
+            if sweeps.products is not None:
                 of_phi.update(valid_ptr=None if valid is None else valid[first:end], end_row=end - first)
-                run(pool_layer_sums, launches.products, of_phi)
+                _run(sweeps.products, of_phi)
             for total, found in zip(sums, (d_query, d_weight, d_bias)):
                 total += found.sum(0, dtype=torch.float64)
     d_query, d_weights, d_biases = pooling.scale * sums[0], sums[1].split(hidden), sums[2].split(hidden)
     found = d_query, *(t for layer in zip(d_weights, d_biases) for t in layer), None, None
     # copied: an operator's results share no memory
     return [None if like is None else t.to(like.dtype, copy=True) for t, like in zip(found, pooling.scorer.tensors)]
+
+
+def _run(sweep: Sweep, given: dict[str, Any]) -> None:
+    run(sweep.kernel, sweep.launch, given | sweep.numbers, sweep.grid)
 
 
 def _bags_of(pooling: Pooling, x: Tensor) -> dict[str, Tensor | None]:

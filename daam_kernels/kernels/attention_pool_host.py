@@ -1,9 +1,13 @@
-"""Which kernels of attention pooling are launched for its sizes, and how: worked out once, and held."""
+"""Which kernels of attention pooling are launched for its sizes, and how.
+
+What decides about code is worked out once and held. The numbers of rows are others in every batch, and numbers of a
+call: no launch is held for each of them, and only how bags are cut is remembered of the latest.
+"""
 
 from __future__ import annotations
 
 from math import gcd
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -12,7 +16,7 @@ from torch import Tensor
 from ..sequences import packing
 from .additive_host import dot_precision
 from .attention_pool_hidden import pool_hidden_sums
-from .attention_pool_hidden_gradient import pool_hidden_gradient
+from .attention_pool_hidden_gradient import pool_hidden_dx, pool_hidden_gradient, pool_layer_sums
 from .attention_pool_launch import (
     HiddenGradientLaunch,
     HiddenLaunch,
@@ -24,10 +28,10 @@ from .attention_pool_launch import (
     wide_pool_launch,
 )
 from .attention_pool_layers import TYPES, precision_of, type_of_products
-from .attention_pool_sweeps import pool_gradient, pool_sums
+from .attention_pool_sweeps import pool_gradient, pool_merge, pool_query_sums, pool_sums
 from .attention_pool_wide import pool_wide_sums
 from .attention_pool_wide_gradient import pool_wide_gradient, pool_wide_hidden_gradient
-from .launch import Launch
+from .launch import Launch, launch_options
 from .remembered import remembered
 
 if TYPE_CHECKING:
@@ -35,191 +39,226 @@ if TYPE_CHECKING:
 
     from ..ops.attention_pool import Pooling
 
-_HELD = 1024  # launches of every kind: packed bags may have another number of rows in every batch
+_HELD = 1024  # of the latest launches, and of the latest cuts
 _MERGED_CHUNKS, _MERGED_COLUMNS = 16, 128
+_Blocks = tuple[tuple[str, "int | None"], ...]  # by their names in the kernels
 
 
-class PoolSizes(NamedTuple):
-    """All that launches depend on.
+class PoolKind(NamedTuple):
+    """What code depends on beside the blocks of a cut, whatever the number of rows.
 
-    ``length``: of x along its rows, of which the ``longest`` bag has at most as many; ``units``: of the hidden layer,
-    or columns of the query, with ``layers`` between it and x; ``multiplied``: the type that these are multiplied in;
-    ``strides`` and ``dx_strides``: of x and dx, but along embed_dim.
+    ``multiplied``: the type that a hidden layer is multiplied in; ``units``: of that layer, or columns of the query,
+    with ``layers`` between it and x; ``stride_t`` and ``dx_stride_t``: from row to row.
     """
 
     device: torch.device
     dtype: torch.dtype
     multiplied: torch.dtype
-    packed: bool
-    num_bags: int
-    length: int
-    longest: int
     hops: int
     units: int
     layers: int
     embed_dim: int
     dropout_p: float
-    strides: tuple[int, ...]
-    dx_strides: tuple[int, ...] = ()
+    stride_t: int
+    dx_stride_t: int
 
     @property
-    def hidden(self) -> int | None:
-        return self.units if self.layers else None
+    def arithmetic(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+
+class PoolSizes(NamedTuple):
+    """``length``: of x along its rows, of which the ``longest`` bag has at most as many; ``stride_b`` and
+    ``dx_stride_b``: from bag to bag; ``divisor``: 16 or what of it divides all strides of x and dx, but along
+    embed_dim. ``packed`` bags have no such stride."""
+
+    kind: PoolKind
+    packed: bool
+    num_bags: int
+    length: int
+    longest: int
+    stride_b: int
+    dx_stride_b: int
+    divisor: int
 
     @property
     def num_rows(self) -> int:
         return self.length if self.packed else self.num_bags * self.length
 
     @property
-    def arithmetic(self) -> torch.dtype:
-        return torch.promote_types(self.dtype, torch.float32)
+    def of_cut(self) -> tuple[int, int, int, int | None, int, tuple[int, ...], int, int]:
+        """What functions of ``attention_pool_launch`` take."""
+        kind = self.kind
+        return (
+            self.num_bags, self.longest, kind.hops, kind.units if kind.layers else None, kind.embed_dim,
+            (self.divisor,), kind.dtype.itemsize, kind.multiplied.itemsize,
+        )  # fmt: skip
 
-    @property
-    def itemsizes(self) -> tuple[int, int]:
-        """Of a number of x, and of one that a hidden layer is multiplied in."""
-        return self.dtype.itemsize, self.multiplied.itemsize
-
-
-class PoolForward(NamedTuple):
-    kernel: JITFunction  # that sums up
-    sums: Launch
-    merge: Launch
-    num_chunks: int
-
-
-class DotBackward(NamedTuple):
-    kernel: JITFunction  # that writes dx
-    gradient: Launch
-    query_sums: Launch
-    num_chunks: int
+    def numbers(self, cut: PoolLaunch | WidePoolLaunch | HiddenGradientLaunch) -> dict[str, int]:
+        """Of a call, by their names in the kernels."""
+        length, hops = self.length, self.kind.hops
+        numbers = dict(length=length, score_stride_h=length, num_chunks=cut.num_chunks)
+        if self.packed:
+            return dict(numbers, x_stride_b=0, dx_stride_b=0, score_stride_b=0, valid_stride_b=0)
+        strides = dict(x_stride_b=self.stride_b // cut.vec, dx_stride_b=self.dx_stride_b // cut.vec)
+        return dict(numbers, **strides, score_stride_b=hops * length, valid_stride_b=length)
 
 
-class HiddenBackward(NamedTuple):
-    """``gradient`` is also of ``pool_hidden_dx``; ``products`` are of the query's gradient, where it is not summed up
-    with the rest."""
+class Sweep(NamedTuple):
+    """One launch of a kernel, beside its tensors."""
 
-    kernel: JITFunction  # that writes the hidden layer's gradient
-    cut: HiddenGradientLaunch
-    gradient: Launch
-    layer_sums: Launch
-    products: Launch | None
+    kernel: JITFunction
+    launch: Launch
+    numbers: dict[str, int]
+    grid: tuple[int, ...]
 
 
 def sizes_of(pooling: Pooling, x: Tensor, dx: Tensor | None = None) -> PoolSizes:
     """Of rows x, whose columns are contiguous, as those of dx are."""
-    longest = x.shape[-2]
-    if pooling.cu_seqlens is not None:
+    longest, packed = x.shape[-2], pooling.cu_seqlens is not None
+    if packed:
         longest = packing(pooling.cu_seqlens).longest if pooling.max_seqlen is None else pooling.max_seqlen
     layers = 0 if pooling.key_weight is None else 1 if pooling.gate_weight is None else 2
-    return PoolSizes(
-        x.device, x.dtype, type_of_products(pooling), pooling.cu_seqlens is not None, pooling.num_bags, x.shape[-2],
-        longest, *pooling.query.shape, layers, x.shape[-1], pooling.dropout_p, x.stride()[:-1],
-        () if dx is None else dx.stride()[:-1],
+    strides, dx_strides = x.stride()[:-1], (0,) if dx is None else dx.stride()[:-1]
+    kind = PoolKind(
+        x.device, x.dtype, type_of_products(pooling), *pooling.query.shape, layers, x.shape[-1], pooling.dropout_p,
+        strides[-1], dx_strides[-1],
     )  # fmt: skip
+    divisor = gcd(16, *strides, *dx_strides)
+    return PoolSizes(kind, packed, pooling.num_bags, x.shape[-2], longest, strides[0], dx_strides[0], divisor)
 
 
-@remembered(_HELD)
-def forward_launches(sizes: PoolSizes) -> PoolForward:
-    kernel, cut, blocks = _summing(sizes)
+def forward_sweeps(sizes: PoolSizes) -> tuple[Sweep, Sweep]:
+    """(the kernel that sums up, the one that merges its chunks)."""
+    kind = sizes.kind
+    kernel, cut, blocks = _summing(*sizes.of_cut)
     programs = sizes.num_bags * cut.num_chunks * cut.hop_blocks
-    columns = min(_MERGED_COLUMNS, triton.next_power_of_2(sizes.embed_dim))
+    sums = Sweep(kernel, _launch(kind, cut.vec, cut.num_warps, blocks), sizes.numbers(cut), (programs,))
+    columns = min(_MERGED_COLUMNS, triton.next_power_of_2(kind.embed_dim))
     chunks = min(_MERGED_CHUNKS, triton.next_power_of_2(cut.num_chunks))
-    merge = Launch(
-        dict(
-            num_chunks=cut.num_chunks, hops=sizes.hops, E=sizes.embed_dim, ACC=TYPES[sizes.arithmetic],
-            BLOCK_C=chunks, BLOCK_E=columns,
-        ),
-        dict(num_warps=4), (sizes.num_bags * sizes.hops, triton.cdiv(sizes.embed_dim, columns)),
+    grid = sizes.num_bags * kind.hops, triton.cdiv(kind.embed_dim, columns)
+    return sums, Sweep(pool_merge, _merge_launch(kind, chunks, columns), dict(num_chunks=cut.num_chunks), grid)
+
+
+def dot_backward_sweeps(sizes: PoolSizes) -> tuple[Sweep, Sweep]:
+    """(the kernel that writes dx of scores that are products with the query, the one that sums up for the query)."""
+    (kernel, cut, blocks), (tile, of_query) = _dot_gradient(*sizes.of_cut)
+    gradient = Sweep(
+        kernel, _launch(sizes.kind, cut.vec, cut.num_warps, blocks), sizes.numbers(cut),
+        (sizes.num_bags * cut.num_chunks,),
     )  # fmt: skip
-    return PoolForward(
-        kernel, _launch(sizes, cut, programs, hop_blocks=cut.hop_blocks, **blocks), merge, cut.num_chunks
-    )
+    launch = _launch(sizes.kind, tile.vec, tile.num_warps, of_query)
+    grid = sizes.num_bags * tile.num_chunks * tile.hop_blocks, tile.column_blocks
+    return gradient, Sweep(pool_query_sums, launch, sizes.numbers(tile), grid)
+
+
+class HiddenSweeps(NamedTuple):
+    """``gradient`` writes the hidden layer's gradient; ``products`` are of the query's, where it is not summed up with
+    the rest."""
+
+    cut: HiddenGradientLaunch
+    gradient: Sweep
+    dx: Sweep
+    layer_sums: Sweep
+    products: Sweep | None
+
+
+def hidden_backward_sweeps(sizes: PoolSizes) -> HiddenSweeps:
+    """Of the rows of a segment, whose first and end are further numbers of the call."""
+    kind, (cut, blocks, of_products) = sizes.kind, _hidden_gradient(sizes.num_rows, sizes.kind.layers, *sizes.of_cut)
+    launch = _launch(kind, cut.vec, cut.num_warps, blocks)
+    numbers, programs = sizes.numbers(cut), (sizes.num_bags * cut.num_chunks,)
+    summed = dict(length=sizes.length, x_stride_b=numbers["x_stride_b"], rows_each=cut.rows_each)
+    layer_sums = Sweep(pool_layer_sums, launch, summed, (cut.unit_blocks, cut.column_blocks, cut.sum_blocks))
+    dx = Sweep(pool_hidden_dx, launch, numbers, programs)
+    if cut.whole:
+        return HiddenSweeps(cut, Sweep(pool_hidden_gradient, launch, numbers, programs), dx, layer_sums, None)
+    products = Sweep(
+        pool_layer_sums, _launch(kind, cut.vec, cut.num_warps, of_products),
+        dict(length=cut.segment_rows, x_stride_b=0, rows_each=cut.rows_each),
+        (triton.cdiv(kind.hops, cut.block_u), triton.cdiv(kind.units, cut.block_s), cut.sum_blocks),
+    )  # fmt: skip
+    return HiddenSweeps(cut, Sweep(pool_wide_hidden_gradient, launch, numbers, programs), dx, layer_sums, products)
 
 
 @remembered(_HELD)
-def dot_backward_launches(sizes: PoolSizes) -> DotBackward:
-    """Of scores that are products with the query."""
-    strides = sizes.strides + sizes.dx_strides
-    kernel, cut = pool_gradient, _pool_launch(sizes, strides, gradient=True)
+def _launch(kind: PoolKind, vec: int, num_warps: int, blocks: _Blocks) -> Launch:
+    """Of any kernel that sweeps rows, which may be of something else than x where the blocks say so."""
+    values = dict(
+        hops=kind.hops, x_stride_t=kind.stride_t // vec, dx_stride_t=kind.dx_stride_t // vec,
+        KEEP_SCALE=1 / (1 - kind.dropout_p), HIDDEN=kind.units, E=kind.embed_dim, VEC=vec,
+        PRECISION=precision_of(kind.dtype), PRECISION_BACK=dot_precision(kind.arithmetic),
+        TYPE=TYPES[kind.multiplied], ACC=TYPES[kind.arithmetic],
+    )  # fmt: skip
+    return Launch(values | dict(blocks), launch_options(num_warps))
+
+
+@remembered(_HELD)
+def _merge_launch(kind: PoolKind, chunks: int, columns: int) -> Launch:
+    values = dict(hops=kind.hops, E=kind.embed_dim, ACC=TYPES[kind.arithmetic], BLOCK_C=chunks, BLOCK_E=columns)
+    return Launch(values, dict(num_warps=4))
+
+
+@remembered(_HELD)
+def _summing(
+    num_bags: int, longest: int, hops: int, hidden: int | None, embed_dim: int, strides: tuple[int, ...], itemsize: int,
+    multiplied: int,
+) -> tuple[JITFunction, PoolLaunch | WidePoolLaunch, _Blocks]:  # fmt: skip
+    """(the kernel that sums up, its cut, its blocks)."""
+    sizes = num_bags, longest, hops
+    if hidden is None:
+        cut = pool_launch(*sizes, embed_dim, strides, itemsize)
+        if cut.whole:
+            return pool_sums, cut, _named(BLOCK_H=cut.block_h, BLOCK_T=cut.block_t, BLOCK_E=cut.block_e)
+    elif (both := hidden_pool_launch(*sizes, hidden, embed_dim, strides, itemsize, multiplied)) is not None:
+        cut = both.rows
+        blocks = _named(BLOCK_H=cut.block_h, BLOCK_R=cut.block_t, BLOCK_E=cut.block_e, **_of_layer(both.hidden))
+        return pool_hidden_sums, cut, blocks
+    cut = wide_pool_launch(*sizes, hidden, embed_dim, strides, itemsize, multiplied)
+    of_layer = dict(BLOCK_C=None) if cut.hidden is None else _of_layer(cut.hidden)
+    of_rows = dict(BLOCK_H=cut.block_h, BLOCK_S=cut.block_s, BLOCK_T=cut.block_t, BLOCK_K=cut.block_k)
+    return pool_wide_sums, cut, _named(hop_blocks=cut.hop_blocks, BLOCK_E=cut.block_e, **of_layer | of_rows)
+
+
+@remembered(_HELD)
+def _dot_gradient(
+    num_bags: int, longest: int, hops: int, hidden: None, embed_dim: int, strides: tuple[int, ...], itemsize: int,
+    multiplied: int,
+) -> tuple[tuple[JITFunction, PoolLaunch | WidePoolLaunch, _Blocks], tuple[PoolLaunch, _Blocks]]:  # fmt: skip
+    """(the kernel that writes dx, its cut, its blocks), (the cut and blocks of the query's sums)."""
+    sizes = num_bags, longest, hops
+    tile = pool_launch(*sizes, embed_dim, strides, itemsize)
+    of_query = _named(hop_blocks=tile.hop_blocks, BLOCK_H=tile.block_h, BLOCK_T=tile.block_t, BLOCK_E=tile.block_e)
+    kernel, cut = pool_gradient, pool_launch(*sizes, embed_dim, strides, itemsize, gradient=True)
     if not cut.whole:
         kernel = pool_wide_gradient
-        cut = wide_pool_launch(*_counts(sizes), sizes.embed_dim, strides, *sizes.itemsizes, gradient=True)
-    gradient = _launch(sizes, cut, sizes.num_bags * cut.num_chunks, BLOCK_H=cut.block_h, BLOCK_T=cut.block_t)
-    tile = _pool_launch(sizes, sizes.strides)
-    query_sums = _launch(
-        sizes, tile, sizes.num_bags * tile.num_chunks * tile.hop_blocks, tile.column_blocks,
-        hop_blocks=tile.hop_blocks, BLOCK_H=tile.block_h, BLOCK_T=tile.block_t,
-    )  # fmt: skip
-    return DotBackward(kernel, gradient, query_sums, tile.num_chunks)
+        cut = wide_pool_launch(*sizes, hidden, embed_dim, strides, itemsize, multiplied, gradient=True)
+    blocks = _named(BLOCK_H=cut.block_h, BLOCK_T=cut.block_t, BLOCK_E=cut.block_e)
+    return (kernel, cut, blocks), (tile, of_query)
 
 
 @remembered(_HELD)
-def hidden_backward_launches(sizes: PoolSizes) -> HiddenBackward:
-    """With a hidden layer."""
-    bags, longest, hops, hidden = _counts(sizes)
+def _hidden_gradient(
+    num_rows: int, layers: int, num_bags: int, longest: int, hops: int, hidden: int, embed_dim: int,
+    strides: tuple[int, ...], itemsize: int, multiplied: int,
+) -> tuple[HiddenGradientLaunch, _Blocks, _Blocks]:  # fmt: skip
+    """(the cut, its blocks, those of ``HiddenSweeps.products``)."""
     cut = hidden_gradient_launch(
-        bags, longest, sizes.num_rows, hops, hidden, sizes.layers, sizes.embed_dim, sizes.strides + sizes.dx_strides,
-        *sizes.itemsizes,
-    )  # fmt: skip
+        num_bags, longest, num_rows, hops, hidden, layers, embed_dim, strides, itemsize, multiplied
+    )
     blocks = dict(
-        rows_each=cut.rows_each, UNITS=hidden * cut.layers, BLOCK_H=cut.block_h, **_blocks(cut.hidden),
-        BLOCK_U=cut.block_u, BLOCK_S=cut.block_s, BLOCK_R=cut.block_r,
+        UNITS=hidden * cut.layers, BLOCK_H=cut.block_h, **_of_layer(cut.hidden), BLOCK_U=cut.block_u,
+        BLOCK_S=cut.block_s, BLOCK_R=cut.block_r, BLOCK_E=cut.block_e,
     )  # fmt: skip
-    gradient = _launch(sizes, cut, bags * cut.num_chunks, **blocks)
-    layer_sums = _launch(sizes, cut, cut.unit_blocks, cut.column_blocks, cut.sum_blocks, **blocks)
-    if cut.whole:
-        return HiddenBackward(pool_hidden_gradient, cut, gradient, layer_sums, None)
     # The scores' gradient and the hidden layer of the rows of a segment, in the place of the layer's gradient and x.
-    vec = gcd(16 // sizes.arithmetic.itemsize, hidden)
-    of_phi = dict(length=cut.segment_rows, x_stride_b=0, x_stride_t=hidden // vec, UNITS=hops, E=hidden, VEC=vec)
-    grid = triton.cdiv(hops, cut.block_u), triton.cdiv(hidden, cut.block_s), cut.sum_blocks
-    products = _launch(sizes, cut, *grid, **blocks | of_phi)
-    return HiddenBackward(pool_wide_hidden_gradient, cut, gradient, layer_sums, products)
+    vec = gcd(16 // max(4, itemsize), hidden)
+    of_phi = dict(x_stride_t=hidden // vec, UNITS=hops, E=hidden, VEC=vec)
+    return cut, _named(**blocks), _named(**blocks | of_phi)
 
 
-def _launch(
-    sizes: PoolSizes, cut: PoolLaunch | WidePoolLaunch | HiddenGradientLaunch, *grid: int, **others: Any
-) -> Launch:  # fmt: skip
-    """Of any kernel that sweeps rows, cut like this, over the programs of the grid."""
-    vec, dense = cut.vec, not sizes.packed
-    values = dict(
-        length=sizes.length, num_chunks=cut.num_chunks, hops=sizes.hops,
-        x_stride_b=sizes.strides[0] // vec if dense else 0, x_stride_t=sizes.strides[-1] // vec,
-        score_stride_b=sizes.hops * sizes.length if dense else 0, score_stride_h=sizes.length,
-        valid_stride_b=sizes.length if dense else 0,
-        KEEP_SCALE=1 / (1 - sizes.dropout_p), HIDDEN=sizes.units, E=sizes.embed_dim, VEC=vec,
-        PRECISION=precision_of(sizes.dtype), PRECISION_BACK=dot_precision(sizes.arithmetic),
-        TYPE=TYPES[sizes.multiplied], ACC=TYPES[sizes.arithmetic], BLOCK_E=cut.block_e,
-    )  # fmt: skip
-    if sizes.dx_strides:
-        values.update(dx_stride_b=sizes.dx_strides[0] // vec if dense else 0, dx_stride_t=sizes.dx_strides[-1] // vec)
-    return Launch(values | others, cut.options(), grid)
-
-
-def _summing(sizes: PoolSizes) -> tuple[JITFunction, PoolLaunch | WidePoolLaunch, dict]:
-    """(the kernel that sums up, its cut, its blocks)."""
-    arguments = *_counts(sizes), sizes.embed_dim, sizes.strides, *sizes.itemsizes
-    if sizes.hidden is None:
-        rows = _pool_launch(sizes, sizes.strides)
-        if rows.whole:
-            return pool_sums, rows, dict(BLOCK_H=rows.block_h, BLOCK_T=rows.block_t)
-    elif (both := hidden_pool_launch(*arguments)) is not None:
-        rows = both.rows
-        return pool_hidden_sums, rows, _blocks(both.hidden) | dict(BLOCK_H=rows.block_h, BLOCK_R=rows.block_t)
-    cut = wide_pool_launch(*arguments)
-    blocks = dict(BLOCK_C=None) if cut.hidden is None else _blocks(cut.hidden)
-    blocks |= dict(BLOCK_H=cut.block_h, BLOCK_S=cut.block_s, BLOCK_T=cut.block_t, BLOCK_K=cut.block_k)
-    return pool_wide_sums, cut, blocks
-
-
-def _pool_launch(sizes: PoolSizes, strides: tuple[int, ...], gradient: bool = False) -> PoolLaunch:
-    bags, longest, hops, _ = _counts(sizes)
-    return pool_launch(bags, longest, hops, sizes.embed_dim, strides, sizes.dtype.itemsize, gradient)
-
-
-def _counts(sizes: PoolSizes) -> tuple[int, int, int, int | None]:
-    return sizes.num_bags, sizes.longest, sizes.hops, sizes.hidden
-
-
-def _blocks(tile: HiddenLaunch) -> dict:
+def _of_layer(tile: HiddenLaunch) -> dict[str, int]:
     return dict(BLOCK_T=tile.block_t, BLOCK_C=tile.block_c, BLOCK_K=tile.block_k)
+
+
+def _named(**blocks: int | None) -> _Blocks:
+    return tuple(blocks.items())

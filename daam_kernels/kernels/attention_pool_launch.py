@@ -56,9 +56,6 @@ class PoolLaunch:
         """Whether a row, and the sums of all its hops, fit a tile."""
         return self.hop_blocks == self.column_blocks == 1
 
-    def options(self) -> dict[str, int | bool]:
-        return launch.launch_options(self.num_warps)
-
 
 @dataclass(frozen=True)
 class HiddenLaunch:
@@ -94,9 +91,7 @@ class WidePoolLaunch:
     vec: int
     num_chunks: int
     hop_blocks: int
-
-    def options(self) -> dict[str, int | bool]:
-        return launch.launch_options(_MOST_WARPS)
+    num_warps: int = _MOST_WARPS
 
 
 @dataclass(frozen=True)
@@ -123,9 +118,7 @@ class HiddenGradientLaunch:
     rows_each: int
     unit_blocks: int
     column_blocks: int
-
-    def options(self) -> dict[str, int | bool]:
-        return launch.launch_options(_MOST_WARPS)
+    num_warps: int = _MOST_WARPS
 
 
 def hidden_launch(hidden: int, embed_dim: int, strides: tuple[int, ...], itemsize: int) -> HiddenLaunch:

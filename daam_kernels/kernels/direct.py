@@ -9,8 +9,8 @@ Stream and hooks are the current ones of every call.
 
 from __future__ import annotations
 
-from collections.abc import Container
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,16 +29,15 @@ class Plan:
     """How one launch launches one kernel: ``given`` are the arguments that calls bring, tensors above all, and numbers
     that are others every time; all others are the launch's."""
 
-    def __init__(self, kernel: Any, launch: Launch, given: Container[str]) -> None:
+    def __init__(self, kernel: Any, launch: Launch, given: Iterable[str]) -> None:
         self.kernel, self.launch = kernel, launch
-        self.names = [name for name in kernel.arg_names if name in given]
-        self.places = [place for place, name in enumerate(kernel.arg_names) if name in given]
-        self.arguments = [launch.values.get(name) for name in kernel.arg_names]
-        self.held = self._find_held() if HOLDS and isinstance(kernel, JITFunction) else {}
+        self.arguments = list(map(launch.values.get, kernel.arg_names))
+        self.names, self.places, self.only_bits, *others = _signature(kernel, given)
+        self.held = self._find_held(*others) if HOLDS and isinstance(kernel, JITFunction) else {}
 
     def __call__(self, given: dict[str, Given], grid: tuple[int, int, int]) -> None:
         taken = [given[name] for name in self.names]
-        specialised = tuple([_specialised(one) for one in taken])
+        specialised = tuple([_specialised(*one) for one in zip(taken, self.only_bits)])
         compiled = self.held.get(specialised)
         if compiled is None or self.kernel.pre_run_hooks:
             compiled = self._dispatch(taken, grid)
@@ -55,19 +54,49 @@ class Plan:
         chosen = {name: values[name] for name in self.kernel.arg_names if name in values and name not in given}
         return self.kernel[grid](**given, **chosen, **self.launch.options)
 
-    def _find_held(self) -> dict[tuple, CompiledKernel]:
-        """That of all launches of the kernel, on the current device, which the same machine code does for."""
-        known = [
-            value if parameter.is_constexpr else _specialised(value, parameter.do_not_specialize)
-            for parameter, value in zip(self.kernel.params, self.arguments)
-        ]
-        device = driver.active.get_current_device()
-        return _held(self.kernel.fn, device, *known, *self.places, *self.launch.options.items())
+    def _find_held(self, constants: list[int], numbers: list[int], bits: list[int]) -> dict[tuple, CompiledKernel]:
+        """That of all launches of the kernel, on the current device, for which the same machine code does."""
+        known = self.arguments
+        return _held(
+            self.kernel.fn, driver.active.get_current_device(), self.places, *self.launch.options.items(),
+            *[known[place] for place in constants], *[_specialised(known[place]) for place in numbers],
+            *[_specialised(known[place], only_bits=True) for place in bits],
+        )  # fmt: skip
 
 
 @remembered(4096, typed=True)
 def _held(*_: Any) -> dict[tuple, CompiledKernel]:
     return {}
+
+
+class _Signature(NamedTuple):
+    """The arguments of a kernel that calls bring, and the places of all others: constants of its code, numbers that
+    this is specialised for, and those of which it knows the bits alone, as ``only_bits`` says of what calls bring."""
+
+    names: tuple[str, ...]
+    places: tuple[int, ...]
+    only_bits: tuple[bool, ...]
+    constants: list[int]
+    numbers: list[int]
+    bits: list[int]
+
+
+_signatures: dict[tuple, _Signature] = {}
+
+
+def _signature(kernel: Any, given: Iterable[str]) -> _Signature:
+    key = kernel.fn, *given
+    if key not in _signatures:
+        places = tuple(place for place, name in enumerate(kernel.arg_names) if name in given)
+        parameters = getattr(kernel, "params", ())  # the interpreter knows none
+        only_bits = [p.do_not_specialize for p in parameters] or [False] * len(kernel.arg_names)
+        constants = [p.num for p in parameters if p.is_constexpr and p.num not in places]
+        numbers = [p.num for p in parameters if not p.is_constexpr and p.num not in places]
+        _signatures[key] = _Signature(
+            tuple(kernel.arg_names[place] for place in places), places, tuple(only_bits[place] for place in places),
+            constants, *([place for place in numbers if only_bits[place] is free] for free in (False, True)),
+        )  # fmt: skip
+    return _signatures[key]
 
 
 def _specialised(given: Given, only_bits: bool = False) -> Any:

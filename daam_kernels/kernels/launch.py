@@ -134,12 +134,12 @@ class Launch:
     """Everything about launches that does not depend on where their tensors lie.
 
     ``values`` are arguments by their names in the kernels, ``options`` Triton's own, and ``grid`` the programs along up
-    to three axes.
+    to three axes, where they do not depend on the call.
     """
 
     values: dict[str, Any]
     options: dict[str, Any]
-    grid: tuple[int, ...]
+    grid: tuple[int, ...] = field(default=(), kw_only=True)
     plans: dict[Any, Any] = field(default_factory=dict, kw_only=True)  # of the kernels launched so far, by function
 
 
@@ -220,11 +220,9 @@ def density_launch(
         scaled = (o // vec, r // vec, i) if tile.columns else (o // vec, r, i // vec)
         values.update(zip((f"{name}_stride_o", f"{name}_stride_r", f"{name}_stride_i"), scaled))
     values.update(zip(("mask_stride_o", "mask_stride_r", "mask_stride_i"), mask_strides))
-    options, grid = (
-        launch_options(tile.num_warps, tile.registers),
-        (tile.num_blocks * num_heads, max(1, tile.num_chunks)),
-    )
-    return DensityLaunch(values, options, grid, tile, values["num_slices"])
+    options = launch_options(tile.num_warps, tile.registers)
+    grid = tile.num_blocks * num_heads, max(1, tile.num_chunks)
+    return DensityLaunch(values, options, tile, values["num_slices"], grid=grid)
 
 
 def _unrolled(tile: Tile, num_mixed: int, itemsize: int) -> int:

@@ -38,9 +38,9 @@ def launched(monkeypatch):
     """(name, grid) of the kernels launched so far."""
     found = []
 
-    def run(kernel, launch, given, original=attention_pool.run):
-        found.append((kernel.fn.__name__, launch.grid))
-        original(kernel, launch, given)
+    def run(kernel, launch, given, grid, original=attention_pool.run):
+        found.append((kernel.fn.__name__, grid))
+        original(kernel, launch, given, grid)
 
     monkeypatch.setattr(attention_pool, "run", run)
     return found
@@ -51,11 +51,11 @@ def readers(monkeypatch):
     """After x, which a test puts there: the names of the kernels launched so far that were given x itself."""
     found = []
 
-    def run(kernel, launch, given, original=attention_pool.run):
+    def run(kernel, launch, given, grid, original=attention_pool.run):
         tensors = (t for name, t in given.items() if name in kernel.arg_names and isinstance(t, torch.Tensor))
         if any(t.data_ptr() == found[0].data_ptr() for t in tensors):
             found.append(kernel.fn.__name__)
-        original(kernel, launch, given)
+        original(kernel, launch, given, grid)
 
     monkeypatch.setattr(attention_pool, "run", run)
     return found
