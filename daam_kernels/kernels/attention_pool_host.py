@@ -1,7 +1,7 @@
 """Which kernels of attention pooling are launched for its sizes, and how.
 
-What decides about code is worked out once and held. The numbers of rows are others in every batch, and numbers of a
-call: no launch is held for each of them, and only how bags are cut is remembered of the latest.
+What decides about code is worked out once and held. The numbers of rows are others in every batch, and numbers of the
+call: for them only the cut and the grid are worked out, and remembered of the latest.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .attention_pool_layers import TYPES, precision_of, type_of_products
 from .attention_pool_sweeps import pool_gradient, pool_merge, pool_query_sums, pool_sums
 from .attention_pool_wide import pool_wide_sums
 from .attention_pool_wide_gradient import pool_wide_gradient, pool_wide_hidden_gradient
-from .launch import Launch, launch_options
+from .launch import Launch, _power_of_two, launch_options
 from .remembered import remembered
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from ..ops.attention_pool import Pooling
 
-_HELD = 1024  # of the latest launches, and of the latest cuts
+_HELD = 1024  # of the latest sizes, and of the latest kinds
 _MERGED_CHUNKS, _MERGED_COLUMNS = 16, 128
 _Blocks = tuple[tuple[str, "int | None"], ...]  # by their names in the kernels
 
@@ -128,18 +128,20 @@ def sizes_of(pooling: Pooling, x: Tensor, dx: Tensor | None = None) -> PoolSizes
     return PoolSizes(kind, packed, pooling.num_bags, x.shape[-2], longest, strides[0], dx_strides[0], divisor)
 
 
+@remembered(_HELD)
 def forward_sweeps(sizes: PoolSizes) -> tuple[Sweep, Sweep]:
     """(the kernel that sums up, the one that merges its chunks)."""
     kind = sizes.kind
     kernel, cut, blocks = _summing(*sizes.of_cut)
     programs = sizes.num_bags * cut.num_chunks * cut.hop_blocks
     sums = Sweep(kernel, _launch(kind, cut.vec, cut.num_warps, blocks), sizes.numbers(cut), (programs,))
-    columns = min(_MERGED_COLUMNS, triton.next_power_of_2(kind.embed_dim))
-    chunks = min(_MERGED_CHUNKS, triton.next_power_of_2(cut.num_chunks))
+    columns = min(_MERGED_COLUMNS, _power_of_two(kind.embed_dim))
+    chunks = min(_MERGED_CHUNKS, _power_of_two(cut.num_chunks))
     grid = sizes.num_bags * kind.hops, triton.cdiv(kind.embed_dim, columns)
     return sums, Sweep(pool_merge, _merge_launch(kind, chunks, columns), dict(num_chunks=cut.num_chunks), grid)
 
 
+@remembered(_HELD)
 def dot_backward_sweeps(sizes: PoolSizes) -> tuple[Sweep, Sweep]:
     """(the kernel that writes dx of scores that are products with the query, the one that sums up for the query)."""
     (kernel, cut, blocks), (tile, of_query) = _dot_gradient(*sizes.of_cut)
@@ -163,6 +165,7 @@ class HiddenSweeps(NamedTuple):
     products: Sweep | None
 
 
+@remembered(_HELD)
 def hidden_backward_sweeps(sizes: PoolSizes) -> HiddenSweeps:
     """Of the rows of a segment, whose first and end are further numbers of the call."""
     kind, (cut, blocks, of_products) = sizes.kind, _hidden_gradient(sizes.num_rows, sizes.kind.layers, *sizes.of_cut)
@@ -199,7 +202,6 @@ def _merge_launch(kind: PoolKind, chunks: int, columns: int) -> Launch:
     return Launch(values, dict(num_warps=4))
 
 
-@remembered(_HELD)
 def _summing(
     num_bags: int, longest: int, hops: int, hidden: int | None, embed_dim: int, strides: tuple[int, ...], itemsize: int,
     multiplied: int,
@@ -220,7 +222,6 @@ def _summing(
     return pool_wide_sums, cut, _named(hop_blocks=cut.hop_blocks, BLOCK_E=cut.block_e, **of_layer | of_rows)
 
 
-@remembered(_HELD)
 def _dot_gradient(
     num_bags: int, longest: int, hops: int, hidden: None, embed_dim: int, strides: tuple[int, ...], itemsize: int,
     multiplied: int,
@@ -237,7 +238,6 @@ def _dot_gradient(
     return (kernel, cut, blocks), (tile, of_query)
 
 
-@remembered(_HELD)
 def _hidden_gradient(
     num_rows: int, layers: int, num_bags: int, longest: int, hops: int, hidden: int, embed_dim: int,
     strides: tuple[int, ...], itemsize: int, multiplied: int,

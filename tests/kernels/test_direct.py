@@ -15,12 +15,17 @@ HERE = pathlib.Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def launches():
+def recorded():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE.parents[1]), environment.get("PYTHONPATH"))))
     result = subprocess.run([sys.executable, HERE / "held.py"], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
+
+
+@pytest.fixture
+def launches(recorded):
+    return recorded["density"]
 
 
 def without(launch, *names):
@@ -53,6 +58,48 @@ def test_stream_and_hooks_are_those_of_the_call(launches):
     assert without(launches["forgotten"]) == without(launches["with a hook before"])
 
 
+SHARED = {
+    "additive": {"other lengths": "usual", "one query, another step": "one query"},
+    "pool": {
+        "other lengths": "usual", "packed, other lengths": "packed", "packed, other bags": "packed",
+        "gated, other lengths": "gated", "wide, other lengths": "wide",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operator", SHARED)
+def test_every_launch_is_as_triton_would_have_made_it(recorded, operator):
+    """The first time, again, and after launches of other sizes: its machine code, arguments and grid."""
+    for name, case in recorded[operator].items():
+        assert case["first"]["launches"] == case["again"]["launches"] == case["alone"]["launches"], name
+        assert case["again"]["dispatched"] == 0 < case["alone"]["dispatched"], name
+
+
+@pytest.mark.parametrize("operator", SHARED)
+def test_other_sizes_are_not_dispatched_and_other_machine_code_is(recorded, operator):
+    """Other lengths get what is held for the first ones, but numbers, addresses and grids of their own."""
+    cases = recorded[operator]
+    for name, case in cases.items():
+        usual = cases[SHARED[operator].get(name, "usual")]
+        assert (case["first"]["dispatched"] == 0) == (name in SHARED[operator])
+        if name in SHARED[operator]:
+            assert {launch["hash"] for launch in case["first"]["launches"]} == {
+                launch["hash"] for launch in usual["first"]["launches"]
+            }
+            assert case["first"]["launches"] != usual["first"]["launches"]
+        elif name != "usual":
+            assert case["first"]["launches"][0]["hash"] != usual["first"]["launches"][0]["hash"]
+
+
+def test_what_is_dispatched(recorded):
+    """Numbers that a kernel is not specialised for count by their bits; constants and devices by themselves."""
+    rules = recorded["rules"]
+    assert rules["AMD"] == [1, 1] and len(rules) == 14
+    not_dispatched = {"again", "not specialised", "64 bits again", "neither", "another launch"}
+    assert {name for name, dispatched in rules.items() if dispatched == 0} == not_dispatched
+    assert all(rules[name] == 1 for name in rules.keys() - not_dispatched - {"AMD"})
+
+
 def test_launches_belong_to_one_device(monkeypatch):
     """Machine code is loaded on one device, so that what is held must not be another's."""
     from daam_kernels.kernels import host
@@ -66,16 +113,45 @@ def test_launches_belong_to_one_device(monkeypatch):
     assert first is same and first is not second and first.plans is not second.plans
 
 
+def test_launches_of_other_operators_belong_to_one_device_too():
+    from daam_kernels.kernels import additive_backward, additive_forward, additive_weights, attention_pool_host
+    from daam_kernels.kernels.additive_host import prepare
+    from daam_kernels.options import AdditiveProblem
+
+    query = torch.empty(1, 2, 3, 8)
+    problem = AdditiveProblem(query, query, query, query[0, :, 0], *[None] * 3, False, 0.0, 1.0, False, True, False)
+    sizes, _ = prepare(problem, grad=query, grad_weights=torch.empty(1, 2, 3, 3))
+    held = [additive_forward._launches, additive_backward._launches]
+    held += [additive_weights._weights_launch, additive_weights._delta_launch]
+    kind = attention_pool_host.PoolKind(None, torch.float32, torch.float32, 1, 8, 0, 8, 0.0, 8, 8)
+    launch = [
+        lambda kind: attention_pool_host._launch(kind, 4, 4, ()),
+        lambda k: attention_pool_host._merge_launch(k, 1, 8),
+    ]
+    for functions, known in ((held, sizes), (launch, kind)):
+        first, same, second = (known._replace(device=torch.device("cuda", index)) for index in (0, 0, 1))
+        for function in functions:
+            assert function(first) is function(same) is not function(second)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
-def test_nothing_is_held_in_the_interpreter(monkeypatch):
-    from daam_kernels import density_attention
+@pytest.mark.parametrize("operator", ["density", "additive", "pool"])
+def test_nothing_is_held_in_the_interpreter(monkeypatch, operator):
+    from daam_kernels import additive_attention, attention_pool, density_attention
     from daam_kernels.kernels import direct
+
+    def call(x, backend):
+        if operator == "density":
+            return density_attention(x, torch.zeros(1, 2), torch.ones(1, 2), backend=backend)
+        if operator == "pool":
+            return attention_pool(x[None], torch.ones(1, 20, dtype=x.dtype), backend=backend)
+        return additive_attention(x[None, None], x[None, None], x[None, None], torch.ones(1, 20), backend=backend)
 
     plans = []
     original = direct.Plan.__call__
     monkeypatch.setattr(direct.Plan, "__call__", lambda self, *rest: plans.append(self) or original(self, *rest))
     for seed in (0, 1):
         x = torch.randn(3, 20, generator=generator(seed), dtype=torch.float64)
-        y = density_attention(x, torch.zeros(1, 2), torch.ones(1, 2), backend="triton")
-        torch.testing.assert_close(y, density_attention(x, torch.zeros(1, 2), torch.ones(1, 2), backend="reference"))
-    assert plans[0] is plans[1] and not plans[0].held
+        torch.testing.assert_close(call(x, "triton"), call(x, "reference"))
+    first, second = plans[: len(plans) // 2], plans[len(plans) // 2 :]
+    assert first == second and first and not any(plan.held for plan in plans)
