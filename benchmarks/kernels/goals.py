@@ -7,10 +7,15 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Callable, Iterator
 
+import torch
+
+from daam_kernels.kernels.launch import fits_block
+
 from ..report import Row
 from .bare import BARE
 from .contender import BACKWARD, BOTH, FORWARD, STREAMS
 from .contenders import CLOSED_FORM_COMPILED, FUSED, LAYER_NORM, UPSTREAM, UPSTREAM_COMPILED, without_backend
+from .shapes import SHAPES
 from .store import case_of
 
 _LARGE = 256e6  # bytes of x that no cache holds
@@ -57,6 +62,12 @@ class _Group:
     @property
     def length(self) -> int:
         return self.dims[self.norm_axis] // self.num_heads
+
+    @property
+    def longest(self) -> int:
+        """Elements of the longest slice: packed sequences share the axis."""
+        packed = SHAPES[self.shape].sequences if self.operator == "ragged" else ()
+        return max(packed, default=self.dims[self.norm_axis]) // self.num_heads
 
     @property
     def inner(self) -> int:
@@ -130,9 +141,19 @@ def _long(group: _Group):
 
 
 def _launches(group: _Group):
-    if group.operator in ("product", "mixture") and group.direction != BOTH:
-        few = 1 if group.direction == FORWARD else 2
-        return group.of(FUSED, "launches"), few if group.length < _LONG else 3
+    if group.direction == BOTH or group.operator == "gate":  # which has plain PyTorch around its kernels
+        return None
+    if group.operator == "block" and not _in_one_sweep(group):
+        return None
+    few = 1 if group.direction == FORWARD else 2
+    return group.of(FUSED, "launches"), few if group.longest < _LONG else 3
+
+
+def _in_one_sweep(group: _Group) -> bool:
+    """Whether all layers of a block are launched at once, in this direction."""
+    length, itemsize = group.dims[group.norm_axis], getattr(torch, group.dtype).itemsize
+    backward = group.direction != FORWARD
+    return fits_block(length, group.num_heads, group.layers, itemsize, backward, columns=group.inner > 1, padded=False)
 
 
 def _call(group: _Group):
@@ -184,7 +205,7 @@ _CHECKS: tuple[tuple[bool | None, bool, str, Check], ...] = (
     (True, True, "forward, slices that fit on chip, 256 MB or more: 0.92 of the copy", _fits(FORWARD, 0.92)),
     (True, True, "backward, the same: 0.88 of a pass of three streams", _fits(BACKWARD, 0.88)),
     (True, True, "slices of 2¹⁷ and more: forward 0.60, backward 0.55 of the copy where they fit L2, else 0.45", _long),
-    (True, False, "launches: forward 1, backward 2; 3 each for slices of 2¹⁷ and more", _launches),
+    (True, False, "launches, of a block in one sweep too: forward 1, backward 2; from slices of 2¹⁷ 3 each", _launches),
     (None, False, "a call, paper shape, 8 heads: at most 1.5 × layer_norm", _call),
     (None, True, "never slower than torch.compile of the plain form", _compiled),
     (True, True, "the public package: 50 × at the paper's shapes; else 20 × from K = 4, 8 × below", _public_package),

@@ -49,6 +49,8 @@ def many(shape, us):
         (GPU, "slices of 2¹⁷", [ours("slice_16777216", BACKWARD, of_copy=0.46)], [ours("long_middle", of_copy=0.44)]),
         (GPU, "launches", [ours("tiny", BACKWARD, launches=2)], [ours("tiny", launches=2)]),
         (GPU, "launches", [ours("long", launches=3)], [ours("mixture", BACKWARD, launches=3)]),
+        (GPU, "launches", [ours("block6", BACKWARD, launches=2)], [ours("block3_features", launches=3)]),
+        (GPU, "launches", [ours("ragged", launches=1)], [ours("ragged", BACKWARD, launches=3)]),
         (GPU, "a call", pair("wavlm", LAYER_NORM, 1), pair("wavlm", LAYER_NORM, 0.6)),
         (CPU, "never slower", pair("tiny", CLOSED_FORM_COMPILED, 1), pair("tiny", CLOSED_FORM_COMPILED, 0.9)),
         (GPU, "typically", pair("tiny", CLOSED_FORM_COMPILED, 1.6), pair("tiny", CLOSED_FORM_COMPILED, 1)),
@@ -71,6 +73,20 @@ def test_a_goal_is_met_missed_or_not_judged(environment, word, good, bad):
     assert of(good) == ("met", 1, 0)
     assert of(bad) == ("missed", 1, 1)
     assert of([{**r, "status": "failed"} for r in bad]) == of([row("tiny", COPY)]) == ("not judged", 0, 0)
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        ours("jepa", launches=9),  # with its projection
+        ours("block6", BACKWARD, dtype="float64", launches=12),  # of which no sweep takes six layers
+        ours("block3_features", BACKWARD, dims="64x65536", norm_axis=-1, num_heads=1, launches=6),  # too long for one
+        ours("block3", BOTH, launches=9),
+    ],
+)
+def test_launches_that_nobody_promised_are_not_judged(left_out):
+    (goal,) = [goal for goal in judge([left_out], GPU) if goal.text.startswith("launches")]
+    assert goal.verdict == "not judged"
 
 
 def test_goals_of_a_gpu_are_not_judged_on_a_cpu():
