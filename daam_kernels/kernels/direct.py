@@ -37,7 +37,7 @@ class Plan:
 
     def __call__(self, given: dict[str, Given], grid: tuple[int, int, int]) -> None:
         taken = [given[name] for name in self.names]
-        specialised = tuple([_specialised(*one) for one in zip(taken, self.only_bits)])
+        specialised = tuple(map(_specialised, taken, self.only_bits))
         compiled = self.held.get(specialised)
         if compiled is None or self.kernel.pre_run_hooks:
             compiled = self._dispatch(taken, grid)
