@@ -68,11 +68,11 @@ def density(driver):
     kernel.run = counted
     memory = torch.zeros(4 * 64 + 4)
     aligned, shifted = memory[: 4 * 64].view(4, 64), memory[1 : 4 * 64 + 1].view(4, 64)
-    y, parameters = torch.empty(4, 64), (torch.zeros(1, 2), torch.ones(1, 2))
+    y, parameters = torch.empty(96, 64), (torch.zeros(1, 2), torch.ones(1, 2))
     options = DensityOptions(1, None, "zero", "clamp", 1e-8, False)
 
     def launch(x, parameters=parameters, weights=None):
-        density_forward.density_forward(x, *parameters, None, options, y, weights, None)
+        density_forward.density_forward(x, *parameters, None, options, y[: len(x)], weights, None)
         return {"dispatched": len(dispatched), **driver.launches[-1]}
 
     found = {"first": launch(aligned), "again": launch(aligned)}
@@ -83,7 +83,7 @@ def density(driver):
         launch(aligned, doubles),
         launch(aligned, doubles),
     )
-    found["weights"], found["weights again"] = (launch(aligned, weights=torch.empty_like(y)) for _ in range(2))
+    found["weights"], found["weights again"] = (launch(aligned, weights=torch.empty_like(aligned)) for _ in range(2))
     driver.stream = 7
     found["another stream"] = launch(aligned)
     before, knobs.runtime.launch_enter_hook = knobs.runtime.launch_enter_hook, watch
@@ -94,6 +94,7 @@ def density(driver):
     kernel.pre_run_hooks.clear()
     forget_launches()
     found["forgotten"] = launch(aligned)
+    found["many"], found["more"] = (launch(torch.zeros(count, 64)) for count in (64, 96))
     return found
 
 

@@ -58,6 +58,12 @@ def test_stream_and_hooks_are_those_of_the_call(launches):
     assert without(launches["forgotten"]) == without(launches["with a hook before"])
 
 
+def test_another_number_of_slices_is_not_dispatched(launches):
+    many, more = launches["many"], launches["more"]
+    assert (many["hash"], many["dispatched"]) == (more["hash"], more["dispatched"])
+    assert many["grid"] != more["grid"] and many["arguments"] != more["arguments"]
+
+
 SHARED = {
     "additive": {"other lengths": "usual", "one query, another step": "one query"},
     "pool": {
