@@ -16,7 +16,7 @@ from .launch import Launch, launch_options
 
 ON_NVIDIA = torch.version.hip is None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HELD = 256  # launches of every kind: in decoding the keys are others at every step, but not in every layer
+HELD = 1024  # of every kind, 4 KB each: in decoding the keys are others at every step, but not in every layer
 
 # Plain numbers whose values must not make new kernels. Of hidden, value_dim and the strides the compiler must know what
 # 16 divides, or it cannot use 16-byte accesses.
