@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from typing import Callable, NamedTuple, Sequence
@@ -9,6 +10,8 @@ from typing import Callable, NamedTuple, Sequence
 import torch
 
 Call = Callable[[], object]
+
+_ENOUGH = 20  # samples for a median that one disturbance does not move
 
 
 class Measurement(NamedTuple):
@@ -33,27 +36,43 @@ def interleave(
 ) -> dict[str, Measurement | Exception]:
     """Run rounds of all timers, each of which returns its own seconds, until ``budget`` seconds are spent.
 
-    The order turns by one every round, and a first round is thrown away unless it alone exceeds the budget. A timer
-    that raises is left out from then on, and its exception stands in the place of its measurement.
+    The order turns by one every round, and a first round is thrown away unless it alone exceeds the budget. Where slow
+    timers leave time for few rounds, fast ones run several times when it is their turn. A timer that raises is left out
+    from then on, and its exception stands in the place of its measurement.
     """
     samples: dict[str, list[float]] = {name: [] for name in timers}
     failures: dict[str, Exception] = {}
+    taken: dict[str, float] = {}  # in the first round
+    in_a_turn = dict.fromkeys(timers, 1)
     start = time.perf_counter()
     for done in range(-1, max_rounds):
         names = [name for name in timers if name not in failures]
         turn = (done + 1) % max(len(names), 1)
         for name in names[turn:] + names[:turn]:
+            began = time.perf_counter()
             try:
-                samples[name].append(timers[name]())
+                for _ in range(in_a_turn[name]):
+                    samples[name].append(timers[name]())
             except Exception as error:
                 failures[name] = error
+            taken.setdefault(name, time.perf_counter() - began)
         spent = time.perf_counter() - start
+        if done == -1:
+            in_a_turn = {name: _times_in_a_turn(seconds, spent, budget, len(timers)) for name, seconds in taken.items()}
         if done == -1 and spent < budget:
-            for taken in samples.values():
-                taken.clear()
+            for thrown_away in samples.values():
+                thrown_away.clear()
         elif done + 1 >= min_rounds and spent >= budget:
             break
     return {name: failures.get(name) or summarize(samples[name]) for name in timers}
+
+
+def _times_in_a_turn(seconds: float, round_seconds: float, budget: float, timers: int) -> int:
+    """As often as makes enough samples of the rounds that there will be, if all turns together stay a share of the
+    budget that does not cost a round."""
+    rounds = max(1.0, budget / max(round_seconds, 1e-9))
+    fitting = budget / timers / _ENOUGH / max(seconds, 1e-9)
+    return max(1, min(math.ceil(_ENOUGH / rounds), int(fitting)))
 
 
 def wall_timer(calls: Sequence[Call], device: torch.device) -> Callable[[], float]:

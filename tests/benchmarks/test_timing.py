@@ -22,6 +22,24 @@ def test_every_round_runs_all_timers_and_starts_with_another():
     assert all(m == Measurement(1.0, 0.0, 1.0, 3) for m in measured.values())  # the first round does not count
 
 
+def test_fast_timers_run_several_times_in_a_turn_where_slow_ones_leave_few_rounds(monkeypatch):
+    clock, called = [0.0], []
+    monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: clock[0])
+
+    def timer(name, seconds):
+        def run():
+            clock[0] += seconds
+            called.append(name)
+            return seconds
+
+        return run
+
+    measured = interleave({"slow": timer("slow", 0.99), "fast": timer("fast", 0.01)}, budget=4.0)
+    assert measured["slow"].repetitions == 3  # of four seconds, after one for the round that does not count
+    assert measured["fast"].repetitions == 15  # 20 / 4 a turn
+    assert "".join(name[0] for name in called) == "sffffffssffffffffffs"
+
+
 def test_a_spent_budget_still_gives_the_fewest_rounds():
     assert interleave({"a": lambda: 2.0}, budget=0.0, min_rounds=2)["a"].repetitions >= 2
 
