@@ -1,12 +1,8 @@
 // The kernels for AVX-512.
 #if defined(__x86_64__) || defined(_M_X64)
 #include "target.h"
-#ifdef DAAM_EMULATE_AVX512  // for tests on machines without: the same vectors, in two halves
-DAAM_TARGET_BEGIN("avx2,fma,f16c")
-#else
-DAAM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#define DAAM_AVX512 1
-#endif
+DAAM_TARGET_BEGIN(DAAM_AVX512_TARGET)
+#define DAAM_AVX512 DAAM_AVX512_INTRINSICS
 #define DAAM_VECTOR_BYTES 64
 #include "additive_kernel.h"
 #include "density_kernel.h"

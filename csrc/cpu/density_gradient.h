@@ -16,8 +16,9 @@ struct Slopes {
   V<T> t0, p1, p2;
 };
 
-// Writes p, still without the normaliser's factor, over q. Columns ask for the next gradients here, and for the next x in
-// the sweep before: for both at once, memory that is a row of a tensor apart lets the processor wait.
+// Writes p, still without the normaliser's factor, over q. Columns ask for the next gradients here, rows for every other
+// line of them, and for the next x in the sweep before: a processor can wait for some twenty lines at a time, and those of
+// both at once would be more.
 template <class T, class L>
 void find_slopes(const Group<T>& g, const Origin<T>& o, const V<T>& mean_q, Slopes<T>& found) {
   constexpr int N = Vector<T>::N;
@@ -27,7 +28,7 @@ void find_slopes(const Group<T>& g, const Origin<T>& o, const V<T>& mean_q, Slop
     const Ahead ahead = g.ahead[r];
     Sum<T> t0, p1, p2;
     const auto body = [&](int64_t i, auto, auto) __attribute__((always_inline)) {
-      if constexpr (!L::kRows) ahead.touch_grad(i);
+      if (!L::kRows || i % (2 * kLine) == 0) ahead.touch_grad(i);
       const V<T> z = load(row.z + i * N), p = load(row.density + i * N) * (load(row.q + i * N) - mean), pz = p * z;
       store<T>(row.q + i * N, p);
       t0 += p;
@@ -88,8 +89,10 @@ void write_gradient_as(const Group<T>& g, const Through<T>& t, const Origin<T>& 
     const V<T> slope = of_row<T, L>(t.slope, r), peak = of_row<T, L>(o.peak, r);
     const V<T> constant = of_row<T, L>(t.constant, r), linear = of_row<T, L>(t.linear, r);
     S* const out = static_cast<S*>(row.out);
+    const Ahead ahead = g.ahead[r];
     Store<T, S, STREAM> store_at;
     const auto body = [&](int64_t i, auto within, auto slot) __attribute__((always_inline)) {
+      if (L::kRows && i % (2 * kLine) == kLine) ahead.touch_grad(i);  // the other lines
       const V<T> grad = within.load(row.grad + i * N), z = load(row.z + i * N), p = load(row.q + i * N) * slope;
       V<T> d = grad * (load(row.density + i * N) * factor + added) + (linear * z + constant);
       if constexpr (P == Padding::kExcluded) {

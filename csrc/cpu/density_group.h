@@ -50,6 +50,8 @@ struct Row {
   const void *packed_x, *packed_grad;        // of Group::in_format: the first sweep unpacks them to x and grad
 };
 
+constexpr int64_t kLine = DAAM_VECTOR_BYTES < 64 ? 64 / DAAM_VECTOR_BYTES : 1;  // vectors of a line of the cache
+
 // Where the next group lies: brought to the L2 cache while this one is worked on.
 struct Ahead {
   const char *x, *grad;

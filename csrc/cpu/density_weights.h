@@ -79,8 +79,7 @@ void find_nearest(
     };
     sweep<T, L>(row.n < most ? row.n : most, body, [] {});
     if constexpr (L::kRows) {
-      int lane = 0;
-      for (int i = 1; i < N; i++) lane = best.distance[i] < best.distance[lane] ? i : lane;
+      const int lane = smallest_lane(best.distance);
       found.distance[r] = best.distance[lane], found.x[r] = best.x[lane], found.grad[r] = best.grad[lane];
     } else {  // one by one: copied as a whole they would be copied in halves
       found.distance = best.distance;
@@ -138,9 +137,7 @@ void find_densities(const Group<T>& g, const Mask<T>& asked, const Origin<T>& o,
     const V<T> origin_grad = of_row<T, L>(o.grad, r);
     Sum<T> sum, sum_q;
     const auto body = [&](int64_t i, auto within, auto slot) __attribute__((always_inline)) {
-      constexpr bool new_line = DAAM_VECTOR_BYTES >= 64 || !slot.second;  // of the cache, in rows
-      if constexpr (!L::kRows || new_line) ahead.touch_x(i);
-      if constexpr (BACKWARD && L::kRows && new_line) ahead.touch_grad(i);
+      if (!L::kRows || i % kLine == 0) ahead.touch_x(i);
       const V<T> x = within.load(row.x + i * N), from_high = x - high;
       V<T> d = from_high * scale - shift, m = within(density<T, EXACT>(d, twice));
       if constexpr (P == Padding::kExcluded) m = keep<T>(load_mask<T>(row.valid + i * N), m);

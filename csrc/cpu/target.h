@@ -18,3 +18,13 @@
 #define DAAM_TARGET_BEGIN(names) DAAM_PRAGMA(GCC target(names))
 #define DAAM_TARGET_END
 #endif
+
+// What the files of AVX-512 are compiled for, and whether they may use its intrinsics. Emulated, for tests on machines
+// without, it is the same vectors in two halves.
+#ifdef DAAM_EMULATE_AVX512
+#define DAAM_AVX512_TARGET "avx2,fma,f16c"
+#define DAAM_AVX512_INTRINSICS 0
+#else
+#define DAAM_AVX512_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+#define DAAM_AVX512_INTRINSICS 1
+#endif

@@ -173,6 +173,27 @@ DAAM_INLINE auto sum_of_lanes(Lanes v) {
 }
 #endif
 
+// The first of the lanes that hold the smallest number; there is none that is NaN.
+#if DAAM_X86 && DAAM_VECTOR_BYTES == 64 && DAAM_AVX512
+DAAM_INLINE int smallest_lane(V<float> v) {
+  const __m512 least = _mm512_set1_ps(_mm512_reduce_min_ps((__m512)v));
+  return __builtin_ctz(_mm512_cmp_ps_mask((__m512)v, least, _CMP_EQ_OQ));
+}
+#elif DAAM_X86 && DAAM_VECTOR_BYTES == 32
+DAAM_INLINE int smallest_lane(V<float> v) {
+  __m256 least = _mm256_min_ps((__m256)v, _mm256_permute2f128_ps((__m256)v, (__m256)v, 1));
+  least = _mm256_min_ps(least, _mm256_permute_ps(least, 0x4e));
+  least = _mm256_min_ps(least, _mm256_permute_ps(least, 0xb1));
+  return __builtin_ctz(_mm256_movemask_ps(_mm256_cmp_ps((__m256)v, least, _CMP_EQ_OQ)));
+}
+#endif
+template <class Lanes>
+DAAM_INLINE int smallest_lane(Lanes v) {
+  int lane = 0;
+  for (int i = 1; i < (int)(sizeof v / sizeof v[0]); i++) lane = v[i] < v[lane] ? i : lane;
+  return lane;
+}
+
 DAAM_INLINE double sum_in_double(V<double> v) { return sum_of_lanes(v); }
 DAAM_INLINE double sum_in_double(V<float> v) {
   const Vector<float>::wide lanes = __builtin_convertvector(v, Vector<float>::wide);
