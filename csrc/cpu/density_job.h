@@ -13,7 +13,6 @@ constexpr int64_t kLongestRow = 16384;  // elements of a slice that is worked on
 constexpr int64_t kLongestColumn = 4096;
 constexpr int64_t kRowRun = 8192;  // elements that longer ones are cut into; columns at least that many
 constexpr int64_t kColumnRun = 512;
-constexpr int64_t kShortestRow = 16;       // slices shorter than that lie side by side even where R is contiguous
 constexpr int64_t kRowNumbers = 2048;      // elements of rows that are worked on together
 constexpr int64_t kTileNumbers = 16384;    // of x in a tile of columns
 constexpr int64_t kNarrowestTile = 64;     // slices: narrower pieces of memory are slow to come by
@@ -23,6 +22,10 @@ constexpr int64_t kTaskNumbers = 4096;     // elements that are worth a task
 constexpr int64_t kMostTasks = 1024;
 constexpr int64_t kSerialNumbers = 32768;  // below that, threads cost more than they save
 constexpr int64_t kStreamedBytes = 16 << 20;  // results from that size on go past the caches
+
+// Slices shorter than that lie side by side even where R is contiguous.
+template <class T>
+constexpr int64_t kShortestRow = !kTransposes<T> ? 16 : DAAM_VECTOR_BYTES == 64 ? 33 : 25;
 
 template <class T>
 struct Job {

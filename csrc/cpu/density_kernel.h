@@ -93,7 +93,7 @@ int run_storage(
   job.chunk = p.length / p.num_heads;
   job.longest = p.length - (p.num_heads - 1) * job.chunk;
   job.stream = numbers * (int64_t)storage.size >= kStreamedBytes;
-  job.rows = p.out.row == 1 && (job.longest >= kShortestRow || slices < N);
+  job.rows = p.out.row == 1 && (job.longest >= kShortestRow<T> || slices < N);
   if (job.rows) {
     job.width = most(1, least(N, kRowNumbers / job.longest));
     job.units = divide_up(slices * p.num_heads, job.width);

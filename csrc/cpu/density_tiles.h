@@ -13,6 +13,7 @@ struct Lanes {
   // Elements from the first element of x to slice number `lane`, at R = 0.
   DAAM_INLINE int64_t offset(int64_t lane, const daam_strides& s) const {
     const int64_t number = first + lane;
+    if (inner == 1) return number * s.outer;
     return number / inner * s.outer + number % inner * s.inner;
   }
   // Whether the slices are neighbours in memory too.
@@ -29,18 +30,54 @@ struct Tile {
   int64_t n, group;
 };
 
-DAAM_INLINE float number(float v) { return v; }
-DAAM_INLINE double number(double v) { return v; }
-template <class S>
-DAAM_INLINE float number(S v) {  // through a vector: one conversion for both
-  S some[Vector<float>::N] = {v};
-  return load_as(some)[0];
+// Groups of slices whose own elements are neighbours in memory, [N] slices at a time: body(group, at, count) of where the
+// first of each begins, and of how many there are.
+template <class T, class S, class Body>
+DAAM_INLINE void each_group_of_rows(S* from, const daam_strides& s, const Lanes& lanes, Body body) {
+  constexpr int N = Vector<T>::N;
+  for (int64_t first = 0; first < lanes.count; first += N) {
+    const int count = (int)(lanes.count - first < N ? lanes.count - first : N);
+    S* at[N];
+    for (int l = 0; l < count; l++) at[l] = from + lanes.offset(first + l, s);
+    body(first / N, at, count);
+  }
+}
+
+// Whether slices go to the lanes, and back, by whole vectors of their own elements. Of very short ones it is not worth it.
+template <class T>
+DAAM_INLINE bool transposes(const Tile<T>& tile, const daam_strides& s) {
+  return s.row == 1 && tile.n > 4;
 }
 
 template <class T, class S>
-DAAM_INLINE void put(S* at, T value) {
-  const auto packed = pack_as(splat<T>(value), at);
-  memcpy(at, &packed, sizeof(S));
+void pack_rows_as_columns(const S* from, const daam_strides& s, const Lanes& lanes, const Tile<T>& tile) {
+  constexpr int N = Vector<T>::N;
+  each_group_of_rows<T>(from, s, lanes, [&](int64_t j, const S* const* at, int count) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < tile.n; r += N) {
+      const int64_t some = tile.n - r < N ? tile.n - r : N;
+      V<T> v[N];
+      for (int l = 0; l < N; l++)
+        v[l] = l >= count ? V<T>{} : some == N ? load_as(at[l] + r) : load_part<T>(at[l] + r, some);
+      transpose(v);
+      for (int i = 0; i < some; i++) store<T>(tile.at + j * tile.group + (r + i) * N, v[i]);
+    }
+  });
+}
+
+template <class T, class S>
+void unpack_rows_from_columns(
+    const Tile<T>& tile, const V<T>* factors, S* to, const daam_strides& s, const Lanes& lanes) {
+  constexpr int N = Vector<T>::N;
+  each_group_of_rows<T>(to, s, lanes, [&](int64_t j, S* const* at, int count) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < tile.n; r += N) {
+      const int64_t some = tile.n - r < N ? tile.n - r : N;
+      V<T> v[N];
+      for (int i = 0; i < N; i++) v[i] = i < some ? load(tile.at + j * tile.group + (r + i) * N) : V<T>{};
+      for (int i = 0; factors && i < N; i++) v[i] *= factors[j];
+      transpose(v);
+      for (int l = 0; l < count; l++) some == N ? store_as<T>(at[l] + r, v[l]) : store_part<T>(at[l] + r, v[l], some);
+    }
+  });
 }
 
 // x, grad: the tensor's base moved to the head's first row.
@@ -56,6 +93,8 @@ void pack_tile(const void* base, const daam_strides& s, const Lanes& lanes, cons
       for (int64_t l = whole * N; l < lanes.count; l++) tile.at[whole * tile.group + r * N + l % N] = number(row[l]);
     }
   } else {
+    if constexpr (kTransposes<T>)
+      if (transposes(tile, s)) return pack_rows_as_columns<T>(from, s, lanes, tile);
     for (int64_t l = 0; l < lanes.count; l++) {
       const S* const column = from + lanes.offset(l, s);
       T* const to = tile.at + l / N * tile.group + l % N;
@@ -114,11 +153,13 @@ void unpack_tile(
   S* const to = static_cast<S*>(base);
   const int64_t whole = lanes.count / N;
   if (!lanes.adjacent(s)) {
+    if constexpr (kTransposes<T>)
+      if (transposes(tile, s)) return unpack_rows_from_columns<T>(tile, factors, to, s, lanes);
     for (int64_t l = 0; l < lanes.count; l++) {
       S* const column = to + lanes.offset(l, s);
       const T* const from = tile.at + l / N * tile.group + l % N;
       const T factor = factors ? factors[l / N][l % N] : 1;
-      for (int64_t r = 0; r < tile.n; r++) put<T>(column + r * s.row, from[r * N] * factor);
+      for (int64_t r = 0; r < tile.n; r++) put(column + r * s.row, from[r * N] * factor);
     }
     return;
   }
@@ -132,7 +173,7 @@ void unpack_tile(
         for (int64_t j = 0; j < whole; j++) stream_as<T>(row + j * N, value(from, j));
       else
         for (int64_t j = 0; j < whole; j++) store_as<T>(row + j * N, value(from, j));
-      for (int64_t l = whole * N; l < lanes.count; l++) put<T>(row + l, value(from, whole)[l % N]);
+      for (int64_t l = whole * N; l < lanes.count; l++) put(row + l, value(from, whole)[l % N]);
     }
   };
   const auto plain = [&](const T* from, int64_t j) __attribute__((always_inline)) { return load(from + j * tile.group); };
@@ -161,12 +202,12 @@ void unpack_row(const T* row, int64_t n, void* at, int64_t stride, bool stream) 
   int64_t i = 0;
   if (stride == 1) {
     if (stream) {
-      for (; i < n && (size_t)(to + i) % (N * sizeof(S)); i++) put<T>(to + i, row[i]);
+      for (; i < n && (size_t)(to + i) % (N * sizeof(S)); i++) put(to + i, row[i]);
       for (; i + N <= n; i += N) stream_as<T>(to + i, load(row + i));
     }
     for (; i + N <= n; i += N) store_as<T>(to + i, load(row + i));
   }
-  for (; i < n; i++) put<T>(to + i * stride, row[i]);
+  for (; i < n; i++) put(to + i * stride, row[i]);
 }
 
 DAAM_INLINE constexpr Format format_named(BFloat16) { return Format::kBFloat16; }

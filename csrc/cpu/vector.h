@@ -194,6 +194,51 @@ DAAM_INLINE int smallest_lane(Lanes v) {
   return lane;
 }
 
+// Rows become columns: lane j of v[i] and lane i of v[j] change places. Where that is faster than one number at a time.
+template <class T>
+constexpr bool kTransposes = sizeof(T) == 4 && DAAM_X86 && (DAAM_VECTOR_BYTES == 32 || DAAM_AVX512);
+#if DAAM_X86 && DAAM_VECTOR_BYTES == 32
+DAAM_INLINE void transpose(V<float> (&v)[8]) {
+  __m256 pairs[8], fours[8];  // of lanes with their neighbours, then with those two further on
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps((__m256)v[i], (__m256)v[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps((__m256)v[i], (__m256)v[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+      fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; i++) {
+    v[i] = (V<float>)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    v[i + 4] = (V<float>)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
+}
+#elif DAAM_X86 && DAAM_VECTOR_BYTES == 64 && DAAM_AVX512
+DAAM_INLINE void transpose(V<float> (&v)[16]) {
+  __m512 pairs[16], fours[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps((__m512)v[i], (__m512)v[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps((__m512)v[i], (__m512)v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      fours[i + 2 * j] = _mm512_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+      fours[i + 2 * j + 1] = _mm512_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; i++) {  // quarters: of rows i, i + 4, i + 8 and i + 12
+    const __m512 a = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0x88);
+    const __m512 b = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0x88);
+    const __m512 d = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0xdd);
+    v[i] = (V<float>)_mm512_shuffle_f32x4(a, c, 0x88);
+    v[i + 4] = (V<float>)_mm512_shuffle_f32x4(b, d, 0x88);
+    v[i + 8] = (V<float>)_mm512_shuffle_f32x4(a, c, 0xdd);
+    v[i + 12] = (V<float>)_mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+#endif
+
 DAAM_INLINE double sum_in_double(V<double> v) { return sum_of_lanes(v); }
 DAAM_INLINE double sum_in_double(V<float> v) {
   const Vector<float>::wide lanes = __builtin_convertvector(v, Vector<float>::wide);
@@ -365,6 +410,40 @@ DAAM_INLINE typename Vector<float>::half pack_as(V<float> v, const Float16*) {
 #endif
 }
 
+// One number.
+DAAM_INLINE float number(float v) { return v; }
+DAAM_INLINE double number(double v) { return v; }
+DAAM_INLINE float number(BFloat16 v) {
+  const uint32_t bits = (uint32_t)v.bits << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+DAAM_INLINE float number(Float16 v) {
+#if DAAM_X86 && (DAAM_VECTOR_BYTES == 32 || DAAM_AVX512)
+  return _cvtsh_ss(v.bits);
+#else
+  Float16 some[Vector<float>::N] = {v};
+  return load_as(some)[0];
+#endif
+}
+
+DAAM_INLINE void put(float* at, float value) { *at = value; }
+DAAM_INLINE void put(double* at, double value) { *at = value; }
+DAAM_INLINE void put(BFloat16* at, float value) {  // as round_to_upper_half
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  at->bits = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+DAAM_INLINE void put(Float16* at, float value) {
+#if DAAM_X86 && (DAAM_VECTOR_BYTES == 32 || DAAM_AVX512)
+  at->bits = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const auto packed = pack_as(splat(value), at);
+  memcpy(at, &packed, sizeof *at);
+#endif
+}
+
 template <class T, class S>
 DAAM_INLINE void store_as(S* at, V<T> v) {
   const auto packed = pack_as(v, at);
@@ -392,6 +471,12 @@ DAAM_INLINE V<T> load_part(const S* at, int64_t count) {
 #elif DAAM_X86 && DAAM_VECTOR_BYTES == 64 && DAAM_AVX512
   if constexpr (sizeof(S) == 4) return (V<T>)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), at);
   if constexpr (sizeof(S) == 8) return (V<T>)_mm512_maskz_loadu_pd((__mmask8)((1u << count) - 1), at);
+  if constexpr (sizeof(S) == 2) {
+    const __m256i halves = _mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), at);
+    S some[Vector<T>::N];
+    memcpy(some, &halves, sizeof some);
+    return load_as(some);
+  }
 #endif
   S some[Vector<T>::N] = {};
   copy_part<sizeof some, sizeof(S)>(some, at, count * sizeof(S));
@@ -401,6 +486,11 @@ DAAM_INLINE V<T> load_part(const S* at, int64_t count) {
 template <class T, class S>
 DAAM_INLINE void store_part(S* at, V<T> v, int64_t count) {
   const auto packed = pack_as(v, at);
+#if DAAM_X86 && DAAM_VECTOR_BYTES == 64 && DAAM_AVX512
+  if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(at, (__mmask16)((1u << count) - 1), (__m512)packed);
+  if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(at, (__mmask8)((1u << count) - 1), (__m512d)packed);
+  if constexpr (sizeof(S) == 2) return _mm256_mask_storeu_epi16(at, (__mmask16)((1u << count) - 1), (__m256i)packed);
+#endif
   copy_part<sizeof packed, sizeof(S)>(at, &packed, count * sizeof(S));
 }
 
