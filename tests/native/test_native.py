@@ -198,6 +198,24 @@ def test_columns_of_which_some_lie_far_from_the_gaussians(shape, dtype):
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("length", [2, 4, 5, 7, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 40])
+def test_short_slices_of_neighbours_in_memory(length, masked, dtype):
+    """Heads of a few features: how they reach a vector's lanes depends on how long they are. The last one is longer."""
+    rng, num_heads, slices = generator(length), 3, 37
+    features = num_heads * length + 1
+    x, grad = (torch.randn(slices, features, generator=rng, dtype=torch.float64).to(dtype) for _ in range(2))
+    parameters = gaussians(num_heads, 3, rng, width=2.0, dtype=torch.promote_types(dtype, torch.float32))
+    options = dict(norm_axis=-1)
+    if masked:
+        options.update(mask=torch.rand(x.shape, generator=rng) < 0.8, padding_stats="exclude")
+        options["mask"][5] = False
+    got = evaluate("native", x, *parameters, grad, **options)
+    assert_contract(got, truth(x, *parameters, grad, **options), dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", ["clamp", "softmax"])
 @pytest.mark.parametrize("length", [2, 3, 5, 8, 9, 24, 25])
 def test_a_nan_in_one_short_column_leaves_the_others(length, normalize, dtype):
