@@ -181,5 +181,5 @@ def density_backward(
             pointers["sums_ptr"] = partials.new_empty((10, launch.tile.num_chunks, launch.num_slices))
             run(split_sums, launch, pointers)
             run(split_gradient, launch, pointers)
-        run(parameter_gradients, launch, pointers, grid=(heads,))
+        run(parameter_gradients, launch.parameters, pointers, grid=(heads,))
     return dx, *gradients

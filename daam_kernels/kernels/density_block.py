@@ -242,5 +242,5 @@ def block_backward(
     )  # fmt: skip
     with device_of(x):
         run(block_backward_resident, launch, pointers)
-        run(block_parameter_gradients, launch, pointers, grid=(heads, layers))
+        run(block_parameter_gradients, launch.parameters, pointers, grid=(heads, layers))
     return dx, list(d_mean_offsets), list(d_c)

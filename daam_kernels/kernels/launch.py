@@ -145,10 +145,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class DensityLaunch(Launch):
-    """The same of one direction of density attention."""
+    """The same of one direction of density attention. ``parameters``: of the kernel that adds up what the others leave
+    for the gradients of the parameters, whose warps have nothing to do with the tile's."""
 
     tile: Tile
     num_slices: int
+    parameters: Launch
 
 
 def launch_options(num_warps: int, registers: int | None = None) -> dict[str, Any]:
@@ -222,7 +224,8 @@ def density_launch(
     values.update(zip(("mask_stride_o", "mask_stride_r", "mask_stride_i"), mask_strides))
     options = launch_options(tile.num_warps, tile.registers)
     grid = tile.num_blocks * num_heads, max(1, tile.num_chunks)
-    return DensityLaunch(values, options, tile, values["num_slices"], grid=grid)
+    parameters = Launch(values, launch_options(max(4, min(_WARPS_ROWS, values["BLOCK_P"] // 128))))
+    return DensityLaunch(values, options, tile, values["num_slices"], parameters, grid=grid)
 
 
 def _unrolled(tile: Tile, num_mixed: int, itemsize: int) -> int:
@@ -309,18 +312,20 @@ def ladder(problem: Problem, processors: int = PROCESSORS) -> Choice:
     few_warps = problem.columns or split or (problem.backward and (itemsize == 8 or problem.num_layers > 1))
     most_warps = _WARPS_COLUMNS if few_warps else _WARPS_ROWS
     elements, registers = _THREAD_ELEMENTS, _REGISTERS
-    if not (problem.backward or few_warps or itemsize == 8):
+    if not (few_warps or itemsize == 8):
         # What a thread does once for its slices is shared by its elements, but masks take registers, and slices do.
         shared = _is_whole(problem, block_r, block_s) and not problem.padded and block_r >= 256
         programs = -(-slices // block_s) * (problem.outer if problem.apart else 1) * problem.num_heads
-        if problem.num_mixed:
+        if problem.num_mixed and not problem.backward:
             elements = 16
             if shared:
                 most = itemsize == 2 and block_r >= 4096 and problem.num_mixed <= 4
                 elements, registers = (64, _REGISTERS) if most else (32, _REGISTERS // 2 + 1)
         elif problem.density == "product" and problem.num_layers == 1 and shared:
             if programs >= 2 * _PROGRAMS_EACH * processors:  # fewer are sooner done by more threads each
-                elements = 32
+                elements = 16 if problem.backward else 32
+                if problem.backward and block_s == 1:  # without a spill, and more programs at a time
+                    registers = _REGISTERS // 2 + 1
     num_warps = min(most_warps, max(1, block_r * block_s * scale // (32 * elements)))
     return Choice(block_r, block_s, num_warps, min(registers, most_registers(num_warps)))
 

@@ -187,7 +187,7 @@ def mixture_backward(
         pointers.update(zip(names, gradients))
         if per_feature:
             grid = heads, -(-gaussians // launch.values["BLOCK_F"])
-            run(feature_parameter_gradients, launch, pointers, grid=grid)
+            run(feature_parameter_gradients, launch.parameters, pointers, grid=grid)
         else:
-            run(mixture_parameter_gradients, launch, pointers, grid=(heads, gaussians))
+            run(mixture_parameter_gradients, launch.parameters, pointers, grid=(heads, gaussians))
     return dx if out is dx else dx.copy_(out), *gradients

@@ -99,6 +99,7 @@ CORE = {
 # What else changes the code: compiled for float32 and bfloat16 on sm_90.
 MORE = {
     "many rows": Case((1 << 14, 512), 1, 1, gaussians=64),
+    "many long rows": Case((1 << 14, 16384), 1, 8),
     "rows of 1000": Case((64, 4000), 1, 4, gaussians=5),
     "odd rows": Case((64, 333), 1, 3, aligned=False),
     "long rows": Case((4, 16384), 1, 1),
@@ -178,7 +179,7 @@ CORE_JOBS += [("additive", "fp32", "gfx942")]
 CORE_JOBS += [("pool", "bf16", target) for target in TARGETS]
 CORE_JOBS += [("pool", "fp64", "sm_90"), ("pool", "fp32", "gfx942"), ("pool, hops", "fp32", "sm_80")]
 JOBS = CORE_JOBS + [(name, dtype, "sm_90") for name in (*MORE, *BLOCKS) for dtype in ("fp32", "bf16")]
-JOBS += [("many rows", "bf16", target) for target in TARGETS if target != "sm_90"]
+JOBS += [(name, "bf16", target) for name in ("many rows", "many long rows") for target in TARGETS if target != "sm_90"]
 JOBS += [("block in columns", "bf16", target) for target in TARGETS if target != "sm_90"]
 JOBS += [("mixture of 4 Gaussians", "bf16", target) for target in TARGETS]
 JOBS += [("mixture of 8 Gaussians", "fp32", target) for target in ("sm_90", "sm_100")]

@@ -344,7 +344,9 @@ def test_a_thread_has_more_elements_where_programs_are_many():
     assert elements() == elements(itemsize=4) == elements((1 << 14, 256, 1)) == 32
     others = (64, 2048, 1), (1 << 14, 2000, 1), (1 << 17, 128, 1)  # few programs, masks, short slices
     assert [elements(shape) for shape in others] == [8] * 3
-    assert elements(padded=True) == elements(num_layers=3) == elements(backward=True) == 8
+    assert elements(padded=True) == elements(num_layers=3) == 8
+    assert elements(backward=True) == elements((1 << 14, 256, 1), backward=True) == 16
+    assert elements(others[0], backward=True) == 8
 
 
 @pytest.mark.parametrize("itemsize, most", [(2, 4), (4, 8)])
