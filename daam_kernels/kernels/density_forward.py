@@ -31,7 +31,9 @@ from .density_math import (
     product_quadratic,
     reciprocal_sqrt,
     rescale,
+    save_mean,
     save_statistics,
+    save_variance,
     standardise,
     tile_statistics,
     value_at_peak,
@@ -98,6 +100,8 @@ def forward_resident(
     if MIXTURE:
         d = shifted - mean[None, :]
         number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
+        if stats_ptr is not None:
+            save_mean(stats_ptr, x0, mean, number, num_slices, inside)
         if NORMALISED:
             asked = inside & (count > 0.0)
             weights, total, top = mixture_over_peak(
@@ -106,10 +110,10 @@ def forward_resident(
             )  # fmt: skip
             log_peak = mixture_at_peak(top, EPS)
             if stats_ptr is not None:
-                save_statistics(stats_ptr, x0, mean, mark_far(var, top), number, num_slices, inside)
+                save_variance(stats_ptr, mark_far(var, top), number, num_slices, inside)
         else:
             if stats_ptr is not None:
-                save_statistics(stats_ptr, x0, mean, var, number, num_slices, inside)
+                save_variance(stats_ptr, var, number, num_slices, inside)
             feature = parameter_number(head, i, inner, COLUMNS, VEC)
             weights = gate_density(
                 d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians,

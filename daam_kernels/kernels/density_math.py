@@ -224,10 +224,21 @@ def weighted_output(x, weights, valid, PADDED: tl.constexpr, RESIDUAL: tl.conste
 @triton.jit
 def save_statistics(stats_ptr, x0, mean, var, number, num_slices, inside):
     """Rows of [3, slices]: x0, mean - x0, variance."""
-    at = stats_ptr + number
-    tl.store(at, x0, mask=inside)
-    tl.store(at + num_slices, mean, mask=inside)
-    tl.store(at + 2 * num_slices, var, mask=inside)
+    save_mean(stats_ptr, x0, mean, number, num_slices, inside)
+    save_variance(stats_ptr, var, number, num_slices, inside)
+
+
+@triton.jit
+def save_mean(stats_ptr, x0, mean, number, num_slices, inside):
+    """The first two rows: apart, where the third is known later, and these would wait in registers."""
+    tl.store(stats_ptr + number, x0, mask=inside)
+    tl.store(stats_ptr + num_slices + number, mean, mask=inside)
+
+
+@triton.jit
+def save_variance(stats_ptr, var, number, num_slices, inside):
+    """The third row."""
+    tl.store(stats_ptr + 2 * num_slices + number, var, mask=inside)
 
 
 @triton.jit
