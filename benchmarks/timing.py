@@ -68,10 +68,10 @@ def interleave(
 
 
 def _times_in_a_turn(seconds: float, round_seconds: float, budget: float, timers: int) -> int:
-    """As often as makes enough samples of the rounds that there will be, if all turns together stay a share of the
-    budget that does not cost a round."""
+    """As often as makes enough samples of the rounds that there will be, if all turns together add at most half a round
+    to each."""
     rounds = max(1.0, budget / max(round_seconds, 1e-9))
-    fitting = budget / timers / _ENOUGH / max(seconds, 1e-9)
+    fitting = round_seconds / 2 / timers / max(seconds, 1e-9)
     return max(1, min(math.ceil(_ENOUGH / rounds), int(fitting)))
 
 
