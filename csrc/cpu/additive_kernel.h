@@ -1,6 +1,7 @@
 // Additive attention: sums over hidden units of tanh(query + key), which are in registers alone.
 #pragma once
 
+#include "storage.h"
 #include "work.h"
 
 #define DAAM_LAMBDA __attribute__((always_inline))

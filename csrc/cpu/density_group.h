@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../density_math.h"
-#include "vector.h"
+#include "storage.h"
 
 namespace {
 

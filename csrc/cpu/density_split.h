@@ -191,7 +191,7 @@ class Split {
         const Ahead ahead = g.ahead[r];
         Sum<T> z, zz, qz, qzz;
         const auto body = [&](int64_t i, auto, auto) __attribute__((always_inline)) {
-          if constexpr (!L::kRows) ahead.touch_grad(i);
+          if (!L::kRows || i % kLine == 0) ahead.touch_grad(i);
           const V<T> from = load(row.z + i * N), mz = load(row.density + i * N) * from, mzz = mz * (from + twice);
           const V<T> q = load(row.q + i * N);
           z += mz;
