@@ -6,8 +6,9 @@ cancel: q - D where g is nearly constant and x has an offset, the sums where a f
 So x is seen from x0, the element of the largest density, and z from its peak: with gap = (x - x0) / sqrt(var),
 q is x0 (g - g0) + g (x - x0), which differs from g x by a constant, and the sums are those of p gap and p gap^2.
 
-``backward_resident`` reads x and the incoming gradient once and writes dx once, for slices that fit one block;
-``split_sums`` and ``split_gradient`` (density_backward_split.py) read both twice. The parameter gradients need four
+``backward_resident`` reads x and the incoming gradient once and writes dx once, for slices that fit one block, and so
+does ``backward_looped`` (density_looped.py) where the cache holds what a block does not; ``split_sums`` and
+``split_gradient`` (density_backward_split.py) read both twice. The parameter gradients need four
 sums per head, which every block writes and ``parameter_gradients`` adds in a fixed order: no atomics, the same bits
 from run to run.
 """
@@ -22,7 +23,9 @@ from torch import Tensor
 from ..options import DensityOptions
 from .density_backward_split import split_gradient, split_sums
 from .density_forward import density_forward
+from .density_looped import backward_looped
 from .density_math import (
+    LN_2,
     count_elements,
     find_peak,
     from_mean,
@@ -56,7 +59,7 @@ from .tiles import (
 
 @triton.jit
 def resident_gradient(
-    x, g, weights, gap, peak, x0, var, rstd, count, clamped, valid, domain, a, center, spread,
+    x, g, weights, gap, peak, x0, var, rstd, count, clamped, valid, domain, slope, center, spread,
     CLAMP: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """(dx, T0, U1, U2) of slices that the tile holds whole; x0 is x at the peak, from which gap is."""
@@ -64,7 +67,7 @@ def resident_gradient(
     if PADDED:
         g_valid = tl.where(valid, g, 0.0)
     # g0 is the weighted mean of g, so what q holds of x0 is what g varies by.
-    q = relative_gradient(g_valid, gap, x0, var * rstd, tl.sum(weights * g_valid, axis=0))
+    q = relative_gradient(g_valid, gap, x0, var * (rstd * (1.0 / slope)), tl.sum(weights * g_valid, axis=0))
     q_mean = tl.sum(weights * q, axis=0)
     p = slice_gradient(q, q_mean, g_valid, x, weights, domain, count, clamped, CLAMP, PADDED, EXCLUDE)
     u1_gap = tl.sum(p * gap, axis=0)
@@ -78,9 +81,11 @@ def resident_gradient(
     pz = p * (gap + peak[None, :]) - mean_pz[None, :]
     if CLAMP:  # the mean that rounding left
         pz -= (tl.sum(tl.where(domain, pz, 0.0), axis=0) / members)[None, :]
-    through_var = through_variance(t0, u2, rstd, count, a, spread)
-    standard = gap + (peak + center * rstd)[None, :]
-    dx = input_gradient(g, weights, standard, through_var, pz, mean_pz, a * rstd, valid, PADDED, RESIDUAL)
+    through_var = through_variance(t0, u2, rstd, count, slope, spread)
+    rate = rstd * slope
+    standard = gap + (peak + center * rate)[None, :]
+    through_z = rate * (2.0 * LN_2)
+    dx = input_gradient(g, weights, standard, through_var, pz, mean_pz, through_z, valid, PADDED, RESIDUAL)
     return dx, t0, u1, u2
 
 
@@ -100,7 +105,7 @@ def backward_resident(
         cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
     )
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
-    a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
+    slope, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
     r = tl.arange(0, BLOCK_R)
     within = rows_within(r, n, inside, WHOLE)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
@@ -117,7 +122,7 @@ def backward_resident(
         number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
         x0, mean, var = load_statistics(stats_ptr, number, num_slices, inside)
         count = count_elements(domain, x0, n, EXCLUDE)
-        rstd, peak, gap = from_statistics(x, x0, mean, var, center)
+        rstd, peak, gap = from_statistics(x, x0, mean, var, slope, center)
     else:
         if PADDED:
             first = first_valid(x_ptr, x_base, valid, r, x_stride_r, BLOCK_R, COLUMNS, VEC).to(ACC)
@@ -126,15 +131,15 @@ def backward_resident(
         shifted = x - first[None, :]
         count, mean, var = tile_statistics(shifted, first, valid, domain, n, EPS, PADDED, EXCLUDE)
         rstd = reciprocal_sqrt(var)
-        z = standardise(shifted, mean, rstd, center)
+        z = standardise(shifted, mean, rstd * slope, center)
         peak = find_peak(z, domain)
         gap = z - peak[None, :]
-        x0 = first + (mean + center + peak * (var * rstd))
+        x0 = first + (mean + center + peak * (var * (rstd * (1.0 / slope))))
     if EXCLUDE:
         gap = tl.where(valid, gap, 0.0)
-    weights, clamped = product_weights(gap, peak, rstd, valid, domain, count, a, spread, level, CLAMP, EXCLUDE)
+    weights, clamped = product_weights(gap, peak, rstd, valid, domain, count, spread, level, CLAMP, EXCLUDE)
     dx, t0, u1, u2 = resident_gradient(
-        x, g, weights, gap, peak, x0, var, rstd, count, clamped, valid, domain, a, center, spread,
+        x, g, weights, gap, peak, x0, var, rstd, count, clamped, valid, domain, slope, center, spread,
         CLAMP, PADDED, EXCLUDE, RESIDUAL,
     )  # fmt: skip
     at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
@@ -172,12 +177,12 @@ def density_backward(
         mean_offsets_ptr=mean_offsets, c_ptr=c, d_mean_offsets_ptr=gradients[0], d_c_ptr=gradients[1],
     )  # fmt: skip
     with device_of(x):
+        if stats is None and launch.tile.num_chunks:  # the operator called by hand: the forward pass saves them
+            stats = pointers["stats_ptr"] = partials.new_empty((3, launch.num_slices))
+            density_forward(x, mean_offsets, c, mask, options, dx, None, stats, cu_seqlens=cu_seqlens)
         if not launch.tile.num_chunks:
-            run(backward_resident, launch, pointers)
+            run(backward_looped if launch.tile.looped else backward_resident, launch, pointers)
         else:
-            if stats is None:  # only where the operator is called by hand: the forward pass saves them
-                stats = pointers["stats_ptr"] = partials.new_empty((3, launch.num_slices))
-                density_forward(x, mean_offsets, c, mask, options, dx, None, stats, cu_seqlens=cu_seqlens)
             pointers["sums_ptr"] = partials.new_empty((10, launch.tile.num_chunks, launch.num_slices))
             run(split_sums, launch, pointers)
             run(split_gradient, launch, pointers)

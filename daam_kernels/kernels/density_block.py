@@ -48,14 +48,14 @@ def few_neighbours(i, LAYERS: tl.constexpr):
 def layer_quadratic(
     mean_offsets_ptr, c_ptr, head, num_gaussians, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """(a, center, spread, level) of one layer's head."""
+    """(slope, center, spread, level) of one layer's head."""
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
     return product_quadratic(offset, width, real, EPS, ACC)
 
 
 @triton.jit
 def layer_weights(
-    x, allowed, within, n, a, center, spread, level,
+    x, allowed, within, n, slope, center, spread, level,
     PADDING: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr, CLAMP: tl.constexpr, EPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -69,10 +69,10 @@ def layer_weights(
     shifted = x - x0[None, :]
     count, mean, var = tile_statistics(shifted, x0, valid, domain, n, EPS, PADDED, EXCLUDE)
     rstd = reciprocal_sqrt(var)
-    z = standardise(shifted, mean, rstd, center)
+    z = standardise(shifted, mean, rstd * slope, center)
     peak = find_peak(z, domain)
     gap = z - peak[None, :]
-    weights, _clamped = product_weights(gap, peak, rstd, valid, domain, count, a, spread, level, CLAMP, EXCLUDE)
+    weights, _clamped = product_weights(gap, peak, rstd, valid, domain, count, spread, level, CLAMP, EXCLUDE)
     x_peak = value_at_peak(x, z, peak, domain, x0)
     return weights, valid, x_peak, mean - (x_peak - x0), var
 
@@ -107,11 +107,11 @@ def block_forward_resident(
         mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
         allowed = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, None, True)
     for layer in tl.static_range(LAYERS):
-        a, center, spread, level = layer_quadratic(
+        slope, center, spread, level = layer_quadratic(
             mean_offsets_ptrs[layer], c_ptrs[layer], head, num_gaussians[layer], EPS, ACC, BLOCK_K
         )
         weights, valid, _x_peak, _mean, _var = layer_weights(
-            x, allowed, within, n, a, center, spread, level, PADDING, PADDED, EXCLUDE, CLAMP, EPS, BLOCK_R
+            x, allowed, within, n, slope, center, spread, level, PADDING, PADDED, EXCLUDE, CLAMP, EPS, BLOCK_R
         )
         x = weighted_output(x, weights, valid, PADDED, True).to(y_ptr.dtype.element_ty).to(ACC)
     at = tile_offsets(y_base, r, y_stride_r, COLUMNS, VEC)
@@ -150,17 +150,17 @@ def block_backward_resident(
     statistics = ()
     for layer in tl.static_range(LAYERS):
         inputs = inputs + (x.to(x_ptr.dtype.element_ty),)
-        a, center, spread, level = layer_quadratic(
+        slope, center, spread, level = layer_quadratic(
             mean_offsets_ptrs[layer], c_ptrs[layer], head, num_gaussians[layer], EPS, ACC, BLOCK_K
         )
         weights, valid, x0, mean, var = layer_weights(
-            x, allowed, within, n, a, center, spread, level, PADDING, PADDED, EXCLUDE, CLAMP, EPS, BLOCK_R
+            x, allowed, within, n, slope, center, spread, level, PADDING, PADDED, EXCLUDE, CLAMP, EPS, BLOCK_R
         )
         statistics = statistics + (x0, mean, var)
         x = weighted_output(x, weights, valid, PADDED, True).to(x_ptr.dtype.element_ty).to(ACC)
 
     for layer in tl.static_range(LAYERS - 1, -1, -1):
-        a, center, spread, level = layer_quadratic(
+        slope, center, spread, level = layer_quadratic(
             mean_offsets_ptrs[layer], c_ptrs[layer], head, num_gaussians[layer], EPS, ACC, BLOCK_K
         )
         x = inputs[layer].to(ACC)
@@ -168,13 +168,13 @@ def block_backward_resident(
         domain = valid if EXCLUDE else within
         x0 = statistics[3 * layer]
         var = statistics[3 * layer + 2]
-        rstd, peak, gap = from_statistics(x, x0, statistics[3 * layer + 1], var, center)
+        rstd, peak, gap = from_statistics(x, x0, statistics[3 * layer + 1], var, slope, center)
         count = count_elements(domain, x0, n, EXCLUDE)
         if EXCLUDE:
             gap = tl.where(valid, gap, 0.0)
-        weights, clamped = product_weights(gap, peak, rstd, valid, domain, count, a, spread, level, CLAMP, EXCLUDE)
+        weights, clamped = product_weights(gap, peak, rstd, valid, domain, count, spread, level, CLAMP, EXCLUDE)
         g, t0, u1, u2 = resident_gradient(
-            x, g, weights, gap, peak, x0, var, rstd, count, clamped, valid, domain, a, center, spread,
+            x, g, weights, gap, peak, x0, var, rstd, count, clamped, valid, domain, slope, center, spread,
             CLAMP, PADDED, EXCLUDE, True,
         )  # fmt: skip
         sums = partials_ptr + layer * (num_heads * 4).to(tl.int64) * num_partials

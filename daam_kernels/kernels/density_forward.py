@@ -1,9 +1,10 @@
 """The forward pass of density attention.
 
-``forward_resident`` reads x once, writes y once: one launch, for slices that fit one block. Longer slices are split
-over blocks and swept three times: ``split_statistics``, ``split_normaliser`` and ``split_output`` read x three times
-and write y once; a density that is not normalised goes without the second of them. Every block merges the partial
-results of its slices in the same fixed order.
+``forward_resident`` reads x once, writes y once: one launch, for slices that fit one block. Where the cache holds what
+a block does not, ``forward_looped`` (density_looped.py) does it in one launch too. Longer slices are split
+over blocks and swept three times: ``split_statistics``, ``split_normaliser`` and ``split_output``
+(density_forward_split.py) read x three times and write y once; a density that is not normalised goes without the
+second of them. Every block merges the partial results of its slices in the same fixed order.
 """
 
 from __future__ import annotations
@@ -14,23 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..options import DensityOptions
+from .density_forward_split import split_normaliser, split_output, split_statistics
+from .density_looped import forward_looped
 from .density_math import (
-    FAR,
-    counted_values,
     density,
     find_peak,
     finish_weights,
-    inverse_of,
     load_gaussians,
-    load_statistics,
-    merge_counts,
-    merge_normaliser,
-    merge_statistics,
     normaliser,
     product_at_peak,
     product_quadratic,
     reciprocal_sqrt,
-    rescale,
     save_mean,
     save_statistics,
     save_variance,
@@ -40,14 +35,7 @@ from .density_math import (
     weighted_output,
 )
 from .host import SIZES, arithmetic_type, device_of, prepare, run, viewable
-from .mixture_math import (
-    gate_density,
-    mark_far,
-    merge_mixture,
-    mixture_at_peak,
-    mixture_density,
-    mixture_over_peak,
-)
+from .mixture_math import gate_density, mark_far, mixture_at_peak, mixture_over_peak
 from .tiles import (
     find_valid,
     first_valid,
@@ -121,16 +109,16 @@ def forward_resident(
             )  # fmt: skip
     else:
         offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
-        a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
-        z = standardise(shifted, mean, rstd, center)
+        slope, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
+        z = standardise(shifted, mean, rstd * slope, center)
         peak = find_peak(z, domain)
         if stats_ptr is not None:
             number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
             x_peak = value_at_peak(x, z, peak, domain, x0)
             save_statistics(stats_ptr, x_peak, mean - (x_peak - x0), var, number, num_slices, inside)
-        weights = density(z - peak[None, :], peak, domain, a)
+        weights = density(z - peak[None, :], peak, domain)
         total = tl.sum(weights, axis=0)
-        log_peak = product_at_peak(peak, rstd, a, spread, level)
+        log_peak = product_at_peak(peak, rstd, spread, level)
     if NORMALISED:
         scale, _ = normaliser(log_peak, total, CLAMP)
         weights = finish_weights(weights, scale, valid, count, EXCLUDE)
@@ -142,220 +130,6 @@ def forward_resident(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=within)
     if weights_ptr is not None:
         tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=within)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def split_statistics(
-    x_ptr, mask_ptr, cu_seqlens_ptr, partials_ptr,
-    outer, chunk, length, inner, num_heads, num_slices, num_chunks, tiles,
-    x_stride_o, x_stride_r, x_stride_i, mask_stride_o, mask_stride_r, mask_stride_i,
-    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Reads x; writes (count, x0, mean - x0, sum of squared deviations) of each run of a slice."""
-    head, _block, start, n, o, i, inside = program_slices(
-        cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
-    )
-    x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
-    if PADDED:
-        mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
-    first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
-    count = tl.zeros([BLOCK_S], ACC)
-    mean = tl.zeros([BLOCK_S], ACC)
-    squares = tl.zeros([BLOCK_S], ACC)
-    x0 = tl.zeros([BLOCK_S], ACC)
-    if not PADDED:
-        at = x_base + tl.minimum(first, n - 1) * x_stride_r * (VEC if COLUMNS else 1)
-        x0 = tl.load(x_ptr + at, mask=inside, other=0.0).to(ACC)
-    for t in range(tiles):
-        r = first + t * BLOCK_R + tl.arange(0, BLOCK_R)
-        within = rows_within(r, n, inside, WHOLE)
-        x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
-        valid = within
-        if PADDED:
-            valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
-            found = first_valid(x_ptr, x_base, valid, r, x_stride_r, BLOCK_R, COLUMNS, VEC).to(ACC)
-            x0 = tl.where(count == 0.0, found, x0)
-        domain = valid if EXCLUDE else within
-        counted = counted_values(x - x0[None, :], x0, valid, PADDED, EXCLUDE)
-        tile_count = tl.sum(domain.to(ACC), axis=0)
-        tile_mean = tl.sum(tl.where(domain, counted, 0.0), axis=0) * inverse_of(tl.maximum(tile_count, 1.0))
-        deviation = tl.where(domain, counted - tile_mean[None, :], 0.0)
-        delta = tile_mean - mean
-        share = tile_count * inverse_of(tl.maximum(count + tile_count, 1.0))
-        mean += delta * share
-        squares += tl.sum(deviation * deviation, axis=0) + delta * delta * count * share
-        count += tile_count
-    number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
-    field = num_slices.to(tl.int64) * num_chunks
-    at = partials_ptr + number + tl.program_id(1) * num_slices
-    tl.store(at, count, mask=inside)
-    tl.store(at + field, x0, mask=inside)
-    tl.store(at + 2 * field, mean, mask=inside)
-    tl.store(at + 3 * field, squares, mask=inside)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def split_normaliser(
-    x_ptr, mask_ptr, cu_seqlens_ptr, moments_ptr, merged_ptr, partials_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
-    outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, tiles,
-    x_stride_o, x_stride_r, x_stride_i, mask_stride_o, mask_stride_r, mask_stride_i,
-    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    CLAMP: tl.constexpr, EPS: tl.constexpr, MIXTURE: tl.constexpr, UNROLLED: tl.constexpr, HALF: tl.constexpr,
-    ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Reads x; writes the merged statistics, and of each run (peak, x there, sum of densities over that one's), or of a
-    mixture (log2 of the largest term, sum of densities over it)."""
-    head, _block, start, n, o, i, inside = program_slices(
-        cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
-    )
-    if not MIXTURE:
-        offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
-        a, center, _spread, _level = product_quadratic(offset, width, real, EPS, ACC)
-    x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
-    if PADDED:
-        mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
-    number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
-    slices = num_slices.to(tl.int64)
-    x0, mean, var = merge_statistics(moments_ptr, number, slices, num_chunks, inside, EPS, True, False, BLOCK_C)
-    rstd = reciprocal_sqrt(var)
-    if tl.program_id(1) == 0:
-        save_statistics(merged_ptr, x0, mean, var, number, slices, inside)
-
-    peak = tl.zeros([BLOCK_S], ACC)
-    if MIXTURE:
-        peak -= FAR
-    x_peak = x0
-    total = tl.zeros([BLOCK_S], ACC)
-    first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
-    for t in range(tiles):
-        r = first + t * BLOCK_R + tl.arange(0, BLOCK_R)
-        within = rows_within(r, n, inside, WHOLE)
-        x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
-        domain = within
-        if EXCLUDE:
-            domain = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
-        before = peak
-        if MIXTURE:
-            d = (x - x0[None, :]) - mean[None, :]
-            asked = tl.max(domain.to(tl.int32), axis=0) > 0
-            _densities, added, found = mixture_over_peak(
-                d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
-                UNROLLED, HALF, CLAMP, ACC,
-            )  # fmt: skip
-            found = tl.where(asked, found, before)  # a tile of padding alone has no peak
-            peak = tl.maximum(before, found)
-            kept = total * tl.exp2(before - peak)
-            added *= tl.exp2(found - peak)
-        else:
-            z = standardise(x - x0[None, :], mean, rstd, center)
-            found = find_peak(z, domain)
-            present = tl.max(domain.to(tl.int32), axis=0) > 0
-            nearer = present & ((total == 0.0) | (tl.abs(found) < tl.abs(before)))
-            peak = tl.where(nearer, found, before)
-            x_peak = tl.where(nearer, value_at_peak(x, z, found, domain, x0), x_peak)
-            added = tl.sum(density(z - peak[None, :], peak, domain, a), axis=0)
-            kept = total * rescale(before, peak, a)
-        total = tl.where(total == 0.0, 0.0, kept) + added
-    at = partials_ptr + number + tl.program_id(1) * slices
-    field = slices * num_chunks
-    tl.store(at, peak, mask=inside)
-    if MIXTURE:
-        tl.store(at + field, total, mask=inside)
-    else:
-        tl.store(at + field, x_peak, mask=inside)
-        tl.store(at + 2 * field, total, mask=inside)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def split_output(
-    x_ptr, y_ptr, weights_ptr, mask_ptr, cu_seqlens_ptr, moments_ptr, merged_ptr, partials_ptr, stats_ptr,
-    mean_offsets_ptr, c_ptr, log_shares_ptr,
-    outer, chunk, length, inner, num_heads, num_gaussians, num_slices, num_chunks, tiles,
-    y_stride_o, y_stride_r, y_stride_i, x_stride_o, x_stride_r, x_stride_i,
-    mask_stride_o, mask_stride_r, mask_stride_i,
-    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    CLAMP: tl.constexpr, EPS: tl.constexpr, MIXTURE: tl.constexpr, NORMALISED: tl.constexpr,
-    PER_FEATURE: tl.constexpr, MULTIPLY: tl.constexpr, RESIDUAL: tl.constexpr,
-    UNROLLED: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Reads x, writes y, the weights and 3 numbers per slice where asked for."""
-    head, _block, start, n, o, i, inside = program_slices(
-        cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
-    )
-    x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
-    y_base = slice_offsets(o, i, start, y_stride_o, y_stride_r, y_stride_i, COLUMNS, VEC)
-    if PADDED:
-        mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
-    number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
-    slices = num_slices.to(tl.int64)
-    if NORMALISED:
-        x0, mean, var = load_statistics(merged_ptr, number, slices, inside)
-    else:
-        x0, mean, var = merge_statistics(
-            moments_ptr, number, slices, num_chunks, inside, EPS, NORMALISED, PER_FEATURE, BLOCK_C
-        )
-    rstd = reciprocal_sqrt(var)
-    count = tl.zeros_like(x0)
-    if EXCLUDE:
-        count = merge_counts(moments_ptr, number, slices, num_chunks, inside, BLOCK_C)
-    if not NORMALISED:
-        feature = parameter_number(head, i, inner, COLUMNS, VEC)
-        if stats_ptr is not None:
-            if tl.program_id(1) == 0:
-                save_statistics(stats_ptr, x0, mean, var, number, slices, inside)
-    elif MIXTURE:
-        peak, total = merge_mixture(partials_ptr, number, slices, num_chunks, inside, BLOCK_C)
-        log_peak = mixture_at_peak(peak, EPS)
-        if stats_ptr is not None:
-            if tl.program_id(1) == 0:
-                save_statistics(stats_ptr, x0, mean, mark_far(var, peak), number, slices, inside)
-    else:
-        offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
-        a, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
-        peak, x_peak, total = merge_normaliser(partials_ptr, number, slices, num_chunks, inside, a, BLOCK_C)
-        log_peak = product_at_peak(peak, rstd, a, spread, level)
-        if stats_ptr is not None:
-            if tl.program_id(1) == 0:
-                save_statistics(stats_ptr, x_peak, mean - (x_peak - x0), var, number, slices, inside)
-    if NORMALISED:
-        scale, _ = normaliser(log_peak, total, CLAMP)
-
-    first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
-    for t in range(tiles):
-        r = first + t * BLOCK_R + tl.arange(0, BLOCK_R)
-        within = rows_within(r, n, inside, WHOLE)
-        x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
-        valid = within
-        if PADDED:
-            valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
-        domain = valid if EXCLUDE else within
-        if not NORMALISED:
-            densities = gate_density(
-                (x - x0[None, :]) - mean[None, :], rstd, domain,
-                mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians, EPS, PER_FEATURE, ACC,
-            )  # fmt: skip
-        elif MIXTURE:
-            densities = mixture_density(
-                (x - x0[None, :]) - mean[None, :], rstd, domain, peak,
-                mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, UNROLLED, HALF, not CLAMP, ACC,
-            )  # fmt: skip
-        else:
-            gap = standardise(x - x0[None, :], mean, rstd, center) - peak[None, :]
-            densities = density(gap, peak, domain, a)
-        weights = densities
-        if NORMALISED:
-            weights = finish_weights(densities, scale, valid, count, EXCLUDE)
-        at = tile_offsets(y_base, r, y_stride_r, COLUMNS, VEC)
-        y = weights
-        if MULTIPLY:
-            y = weighted_output(x, weights, valid, PADDED, RESIDUAL)
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=within)
-        if weights_ptr is not None:
-            tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=within)
 
 
 def density_forward(
@@ -387,7 +161,7 @@ def density_forward(
     )  # fmt: skip
     with device_of(x):
         if not launch.tile.num_chunks:
-            run(forward_resident, launch, pointers)
+            run(forward_looped if launch.tile.looped else forward_resident, launch, pointers)
         else:
             fields = x.new_empty((7, launch.tile.num_chunks, launch.num_slices), dtype=arithmetic_type(x))
             moments, partials = fields.split((4, 3))

@@ -30,17 +30,22 @@ def load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K: tl.con
 
 @triton.jit
 def product_quadratic(offset, width, real, EPS: tl.constexpr, ACC: tl.constexpr):
-    """The K Gaussians as one quadratic: with z = (x - mean - center) / sqrt(var) their product is
-    exp(-a z^2 / 2) * 2^-(spread / var) * 2^-level * eps. Returns (a, center, spread, level), rounded from float64.
+    """The K Gaussians as one quadratic: with z = (x - mean - center) * slope / sqrt(var) their product is
+    2^-(z^2) * 2^-(spread / var) * 2^-level * eps. Returns (slope, center, spread, level), rounded from float64.
     """
     inverse = tl.where(real, 1.0 / (width * width), 0.0)
-    a = tl.sum(inverse, axis=0)
-    center = tl.sum(offset * inverse, axis=0) / a
+    total = tl.sum(inverse, axis=0)
+    center = tl.sum(offset * inverse, axis=0) / total
     from_center = offset - center
     spread = tl.sum(from_center * from_center * inverse, axis=0) * (0.5 * LOG2_E)
     log_scale = tl.sum(tl.where(real, tl.log(width * width * TWO_PI), 0.0), axis=0) * 0.5
     level = (log_scale + tl.log(tl.full([], EPS, tl.float64))) * LOG2_E
-    return a.to(ACC), center.to(ACC), spread.to(ACC), level.to(ACC)
+    slope = (total * (0.5 * LOG2_E)).to(ACC)
+    if ACC == tl.float32:
+        slope = tl.sqrt_rn(slope)
+    else:
+        slope = tl.sqrt(slope)
+    return slope, center.to(ACC), spread.to(ACC), level.to(ACC)
 
 
 @triton.jit
@@ -134,9 +139,9 @@ def count_elements(domain, x0, n, EXCLUDE: tl.constexpr):
 
 
 @triton.jit
-def standardise(shifted, mean, rstd, center):
-    """z = (x - mean - center) / sqrt(var); mean and shifted are from x0."""
-    return (shifted - mean[None, :]) * rstd[None, :] - (center * rstd)[None, :]
+def standardise(shifted, mean, rate, center):
+    """z = (x - mean - center) * rate, rate = slope / sqrt(var); mean and shifted are from x0."""
+    return (shifted - mean[None, :]) * rate[None, :] - (center * rate)[None, :]
 
 
 @triton.jit
@@ -155,25 +160,40 @@ def find_peak(z, domain):
 
 
 @triton.jit
-def density(gap, peak, domain, a):
+def nearer_of(e, x, nearest, x_nearest, domain):
+    """Of two elements at each place of a tile, (e, x) of the one whose e is nearer to 0."""
+    nearer = domain & (tl.abs(e) < tl.abs(nearest))
+    return tl.where(nearer, e, nearest), tl.where(nearer, x, x_nearest)
+
+
+@triton.jit
+def gap_from(x, x0, rate, valid, EXCLUDE: tl.constexpr):
+    """z - peak of a tile, where x0 is x at the peak; 0 at padding that has no weight, whatever lies there."""
+    gap = (x - x0[None, :]) * rate[None, :]
+    if EXCLUDE:
+        gap = tl.where(valid, gap, 0.0)
+    return gap
+
+
+@triton.jit
+def density(gap, peak, domain):
     """The slice's densities over its largest one; gap = z - peak, so that what all z have in common cancels."""
-    fall = gap * (gap + 2.0 * peak[None, :])
-    fall = tl.where(fall < 0.0, 0.0, fall)  # rounding may hide which of two elements is nearer; a NaN stays one
-    return tl.where(domain, tl.exp2(fall * (a * (-0.5 * LOG2_E))), 0.0)
+    rise = gap * ((-2.0 * peak)[None, :] - gap)  # peak^2 - z^2
+    rise = tl.minimum(rise, 0.0, propagate_nan=tl.PropagateNan.ALL)  # rounding may hide which element is nearest
+    return tl.where(domain, tl.exp2(rise), 0.0)
 
 
 @triton.jit
-def rescale(before, after, a):
+def rescale(before, after):
     """What densities over the one at z = ``before`` are multiplied with to be over that at ``after``, nearer to 0."""
-    fall = (before - after) * (before + after)
-    fall = tl.where(fall < 0.0, 0.0, fall)
-    return tl.exp2(fall * (a * (-0.5 * LOG2_E)))
+    rise = (after - before) * (before + after)
+    return tl.exp2(tl.minimum(rise, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
-def product_at_peak(peak, rstd, a, spread, level):
+def product_at_peak(peak, rstd, spread, level):
     """log2 of the largest density over eps."""
-    return -(peak * peak * (a * (0.5 * LOG2_E)) + spread * rstd * rstd + level)
+    return -(peak * peak + spread * rstd * rstd + level)
 
 
 @triton.jit
@@ -201,11 +221,11 @@ def finish_weights(densities, scale, valid, count, EXCLUDE: tl.constexpr):
 
 @triton.jit
 def product_weights(
-    gap, peak, rstd, valid, domain, count, a, spread, level, CLAMP: tl.constexpr, EXCLUDE: tl.constexpr
+    gap, peak, rstd, valid, domain, count, spread, level, CLAMP: tl.constexpr, EXCLUDE: tl.constexpr
 ):  # fmt: skip
     """(weights of slices that the tile holds whole, whether each slice's sum is below eps), for gap = z - peak."""
-    densities = density(gap, peak, domain, a)
-    log_peak = product_at_peak(peak, rstd, a, spread, level)
+    densities = density(gap, peak, domain)
+    log_peak = product_at_peak(peak, rstd, spread, level)
     scale, clamped = normaliser(log_peak, tl.sum(densities, axis=0), CLAMP)
     return finish_weights(densities, scale, valid, count, EXCLUDE), clamped
 
@@ -251,10 +271,11 @@ def load_statistics(stats_ptr, number, num_slices, inside):
 
 
 @triton.jit
-def from_statistics(x, x0, mean, var, center):
+def from_statistics(x, x0, mean, var, slope, center):
     """(1 / sqrt(variance), peak, z - peak) where x0 is x at the peak, and mean is from it."""
     rstd = reciprocal_sqrt(var)
-    return rstd, -(mean + center) * rstd, (x - x0[None, :]) * rstd[None, :]
+    rate = rstd * slope
+    return rstd, -(mean + center) * rate, (x - x0[None, :]) * rate[None, :]
 
 
 @triton.jit
@@ -309,7 +330,7 @@ def merge_statistics(
 
 
 @triton.jit
-def merge_normaliser(partials_ptr, number, num_slices, num_chunks, inside, a, BLOCK_C: tl.constexpr):
+def merge_normaliser(partials_ptr, number, num_slices, num_chunks, inside, BLOCK_C: tl.constexpr):
     """(peak, x there, sum of densities over the one there) of whole slices from those of their runs."""
     at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
     field = num_slices * num_chunks
@@ -319,12 +340,12 @@ def merge_normaliser(partials_ptr, number, num_slices, num_chunks, inside, a, BL
     present = totals != 0.0
     peak = find_peak(peaks, present)
     x_peak = pick_first(x_peaks, present & (peaks == peak[None, :]), BLOCK_C)
-    return peak, x_peak, tl.sum(tl.where(present, totals * rescale(peaks, peak[None, :], a), 0.0), axis=0)
+    return peak, x_peak, tl.sum(tl.where(present, totals * rescale(peaks, peak[None, :]), 0.0), axis=0)
 
 
 @triton.jit
 def relative_gradient(g_valid, gap, x0, deviation, g0):
-    """q = x0 (g - g0) + g (x - x0) of a tile; deviation is sqrt(var)."""
+    """q = x0 (g - g0) + g (x - x0) of a tile; deviation is sqrt(var) / slope."""
     return (g_valid - g0[None, :]) * x0[None, :] + g_valid * gap * deviation[None, :]
 
 
@@ -352,9 +373,9 @@ def from_mean(t0, u1_gap, u2_gap, peak):
 
 
 @triton.jit
-def through_variance(t0, u2, rstd, count, a, spread):
-    """What dx gets through the variance, over (x - mean) / sqrt(var)."""
-    return (a * u2 + spread * (2.0 * LN_2) * rstd * rstd * t0) * rstd / (tl.maximum(count, 2.0) - 1.0)
+def through_variance(t0, u2, rstd, count, slope, spread):
+    """What dx gets through the variance, over (x - mean) * slope / sqrt(var)."""
+    return (u2 + spread * rstd * rstd * t0) * (2.0 * LN_2) * rstd / (slope * (tl.maximum(count, 2.0) - 1.0))
 
 
 @triton.jit
@@ -364,8 +385,8 @@ def input_gradient(
 ):  # fmt: skip
     """dx of a tile: through x itself, through the slice's variance, through z and through the slice's mean.
 
-    ``standard`` is (x - mean) / sqrt(var). The last two are -p z and its mean, times ``slope``. They nearly cancel
-    where most of a slice is one value, so ``through_z`` comes without its mean where valid.
+    ``through_var`` is over ``standard``, a multiple of x - mean. The last two are -p z and its mean, times ``slope``.
+    They nearly cancel where most of a slice is one value, so ``through_z`` comes without its mean where valid.
     """
     dx = g * weights + through_var[None, :] * standard
     if PADDED:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .density_math import load_gaussians
+from .density_math import LOG2_E, load_gaussians
 from .host import SIZES
 from .tiles import store_rounded
 
@@ -37,11 +37,13 @@ def head_gradients(
         u2 += tl.load(at + 3 * num_partials + p, mask=p < num_partials, other=0.0).to(tl.float64)
     offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
     inverse = tl.where(real, 1.0 / (width * width), 0.0)
-    center = tl.sum(offset * inverse, axis=0) / tl.sum(inverse, axis=0)
+    total = tl.sum(inverse, axis=0)
+    center = tl.sum(offset * inverse, axis=0) / total
+    slope_squared = total * (0.5 * LOG2_E)  # u1 and u2 are of z, which has the slope in it
     sum_t0 = tl.sum(t0, axis=0)
     sum_t0_var = tl.sum(t0_var, axis=0)
-    sum_u1 = tl.sum(u1_std, axis=0)
-    d_a = -0.5 * (tl.sum(u2, axis=0) + 2.0 * center * sum_u1 + center * center * sum_t0_var)
+    sum_u1 = tl.sum(u1_std, axis=0) / tl.sqrt(slope_squared)
+    d_a = -0.5 * (tl.sum(u2, axis=0) / slope_squared + 2.0 * center * sum_u1 + center * center * sum_t0_var)
     d_b = sum_u1 + center * sum_t0_var
     d_offset = (d_b - offset * sum_t0_var) * inverse
     d_width = -2.0 * (d_a + offset * d_b - 0.5 * offset * offset * sum_t0_var) * inverse / width - sum_t0 / width

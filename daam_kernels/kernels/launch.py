@@ -32,6 +32,9 @@ class Budget:
     backward_rows: int = 8192
     backward_columns: int = 4096
     split: int = 2048
+    split_forward: int = (
+        8192  # of the product, where there is enough for all, because threads exchange a tile's sums
+    )
     usual: int = 2048  # where slices are short: that many elements' worth of them
     merged: int = 2048  # partial results that a program merges at once
 
@@ -45,6 +48,11 @@ _REGISTERS, _FEWEST_REGISTERS = 255, 32  # of a thread, at most, and at least
 PROCESSORS = 132  # of an H200, where nobody knows those of the device
 _PROGRAMS_EACH = 4  # for each of its processors, that long slices are split for
 _MOST_WARPS = 16
+_CACHED = 2**17  # bytes of x that a processor's programs go over again: half its cache, beside as much of the gradient
+_LOOPED_ROW = 128  # bytes of neighbouring slices in a row of their tiles, where there is a choice
+_LOOPED_BYTES = 2**13  # of x that a warp goes over: 16 warps of a processor reach what is cached
+_LOOPED_EACH = 2  # programs for each processor, at least, of slices that a tile could hold
+_LOOPED_REGISTERS = (128, 168), (168, 255)  # of a thread, forward and backward; where elements can be padding
 _FEATURES, _ROWS = 64, 16  # whose partial sums a program adds, and how many at a time
 MOST_LAYERS = 6  # that one sweep takes: each makes the kernels longer, and they take longer to compile
 _FEW_LAYERS = 3  # and in columns of float64 or with padding, where six spill
@@ -113,8 +121,9 @@ class Tile:
 
     ``vec`` divides every size and stride that is not along the contiguous axis; the kernel gets those divided by it
     and multiplies them back, which is how the compiler learns that 16-byte accesses are aligned.
-    A slice is resident (``num_chunks == 0``) or split into ``num_chunks`` runs of ``tiles`` tiles. Where every tile is
-    ``whole``, with no row or slice too many, nothing has to be masked.
+    A slice is ``resident`` (one tile, no chunks), ``looped`` over by one program (several tiles, no chunks), or split
+    into ``num_chunks`` runs of ``tiles`` tiles. Where every tile is ``whole``, with no row or slice too many, nothing
+    has to be masked.
     """
 
     columns: bool
@@ -127,6 +136,16 @@ class Tile:
     tiles: int
     num_chunks: int
     whole: bool
+
+    @property
+    def resident(self) -> bool:
+        """Whether a tile holds slices whole."""
+        return self.num_chunks == 0 and self.tiles == 1
+
+    @property
+    def looped(self) -> bool:
+        """Whether one program goes over its slices a tile at a time."""
+        return self.num_chunks == 0 and self.tiles > 1
 
 
 @dataclass(frozen=True)
@@ -297,12 +316,23 @@ def ladder(problem: Problem, processors: int = PROCESSORS) -> Choice:
     usual, merged = BUDGET.usual // scale**2, _merged(problem)
     block_r = _power_of_two(longest)
     split = block_r * narrow > largest
+    looped = None
+    if split:
+        looped = _looped_tile(problem, narrow, processors)
+    elif problem.columns:  # a thread can go over slices by itself, where there are threads enough
+        looped = _looped_tile(problem, min(available, _LOOPED_ROW // itemsize), _LOOPED_EACH * processors)
+    if looped is not None:
+        return looped
     if split:
         block_s, programs = wide, _PROGRAMS_EACH * processors
         runs = problem.outer * problem.num_heads
         while block_s > narrow and runs * -(-slices // block_s) * (merged // block_s) < programs:
             block_s //= 2
-        block_r = max(1, BUDGET.split // scale**2 // block_s)
+        budget, numel = BUDGET.split, problem.outer * problem.length * problem.inner
+        if problem.density == "product" and not (problem.backward or problem.padded):
+            if numel >= programs * BUDGET.split_forward:
+                budget = BUDGET.split_forward
+        block_r = max(1, budget // scale**2 // block_s)
     elif problem.columns:
         block_s = max(narrow, min(wide, largest // block_r), min(available, usual // block_r))
     else:
@@ -330,15 +360,44 @@ def ladder(problem: Problem, processors: int = PROCESSORS) -> Choice:
     return Choice(block_r, block_s, num_warps, min(registers, most_registers(num_warps)))
 
 
+def _looped_tile(problem: Problem, narrow: int, programs: int) -> Choice | None:
+    """That of programs which go over their slices a tile at a time, where there are as many; ``narrow``: slices in a
+    row of the tile, at least."""
+    itemsize, rows = problem.itemsize, _power_of_two(problem.longest)
+    of_warp = 32 * _THREAD_ELEMENTS // (max(itemsize, 4) // 4)
+    block_s = 1
+    if problem.columns:  # the fewer rows a tile has, the less is exchanged between threads
+        wide = max(_LOOPED_ROW // itemsize, min(of_warp, _LOOPED_BYTES // (itemsize * rows)))
+        block_s = min(_power_of_two(problem.slices), max(narrow, wide))
+    while block_s > narrow and not _loops(problem, block_s, programs):
+        block_s //= 2
+    num_warps = max(1, min(_WARPS_COLUMNS, rows * block_s * itemsize // _LOOPED_BYTES))
+    block_r = max(1, num_warps * of_warp // block_s)
+    if block_r >= problem.longest or not _loops(problem, block_s, programs):
+        return None
+    return Choice(block_r, block_s, num_warps, _LOOPED_REGISTERS[problem.padded][problem.backward])
+
+
+def _loops(problem: Problem, block_s: int, programs: int) -> bool:
+    """Whether a program may go over its slices a tile at a time: there are so many, and the cache holds what they read.
+
+    Only the product has such kernels.
+    """
+    blocks = -(-problem.slices // block_s) * (problem.outer if problem.apart else 1)
+    fits = problem.longest * block_s * problem.itemsize <= _CACHED
+    return fits and problem.density == "product" and problem.num_layers == 1 and blocks * problem.num_heads >= programs
+
+
 def cut(problem: Problem, choice: Choice, processors: int = PROCESSORS) -> Tile:
-    """The tile of a choice: a slice that it does not hold whole is split, over enough programs to fill the device."""
+    """The tile of a choice: a slice that it does not hold whole is looped over where the cache holds it, or else split
+    over enough programs to fill the device."""
     block_r, block_s = choice.block_r, choice.block_s
     num_blocks = -(-problem.slices // block_s) * (problem.outer if problem.apart else 1)
-    num_chunks, tiles = 0, 1
-    if block_r < problem.longest:
-        row_tiles = -(-problem.longest // block_r)
-        most = min(row_tiles, max(1, _merged(problem) // block_s))
-        tiles = -(-row_tiles // min(most, -(-_PROGRAMS_EACH * processors // (num_blocks * problem.num_heads))))
+    num_chunks, tiles = 0, -(-problem.longest // block_r)
+    if tiles > 1 and not _loops(problem, block_s, processors):
+        most = min(tiles, max(1, _merged(problem) // block_s))
+        runs = min(most, -(-_PROGRAMS_EACH * processors // (num_blocks * problem.num_heads)))
+        row_tiles, tiles = tiles, -(-tiles // runs)
         num_chunks = -(-row_tiles // tiles)
     whole = _is_whole(problem, block_r * tiles * max(1, num_chunks), block_s)
     return Tile(

@@ -123,6 +123,49 @@ def first_valid(ptr, base, valid, r, stride_r, BLOCK_R: tl.constexpr, COLUMNS: t
 
 
 @triton.jit
+def load_slices(
+    x_ptr, base, stride_r, mask_ptr, mask_base, mask_stride_r, r, n, inside,
+    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
+    COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(x, which elements are in their slice, which are no padding, which the densities are summed over) of rows r."""
+    within = rows_within(r, n, inside, WHOLE)
+    x = load_tile(x_ptr, base, r, stride_r, within, COLUMNS, VEC, ACC)
+    valid = within
+    if PADDED:
+        valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
+    return x, within, valid, valid if EXCLUDE else within
+
+
+@triton.jit
+def first_of_run(
+    ptr, base, stride_r, x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, first, tiles, n, inside,
+    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The value at ``ptr`` of each slice's first valid element from row ``first`` on, 0 where ``tiles`` have none."""
+    if PADDED:
+        found = tl.zeros([inside.shape[0]], ACC)
+        missing = inside
+        t = 0
+        while (t < tiles) & (tl.max(missing.to(tl.int32), axis=0) > 0):
+            r = first + t * BLOCK_R + tl.arange(0, BLOCK_R)
+            _, _, valid, _ = load_slices(
+                x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, r, n, inside,
+                PADDING, HAS_MASK, PADDED, True, COLUMNS, VEC, WHOLE, ACC,
+            )  # fmt: skip
+            value = first_valid(ptr, base, valid, r, stride_r, BLOCK_R, COLUMNS, VEC).to(ACC)
+            present = tl.max(valid.to(tl.int32), axis=0) > 0
+            found = tl.where(missing & present, value, found)
+            missing = missing & (present == 0)
+            t += 1
+    else:
+        at = base + tl.minimum(first, n - 1) * stride_r * (VEC if COLUMNS else 1)
+        found = tl.load(ptr + at, mask=inside, other=0.0).to(ACC)
+    return found
+
+
+@triton.jit
 def parameter_number(head, i, inner, COLUMNS: tl.constexpr, VEC: tl.constexpr):
     """Where the parameters [heads, inner] of the per-feature Gaussian are for slices at i in inner."""
     return head.to(tl.int64) * inner * (VEC if COLUMNS else 1) + i

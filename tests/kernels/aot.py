@@ -86,7 +86,8 @@ class PoolCase:
 # Every kernel, along rows and in columns: compiled for float32 and bfloat16 on every target, for the others on sm_90.
 CORE = {
     "rows": Case((64, 2048), 1, 8),
-    "columns": Case((4, 2048, 512), 1, 8, gaussians=64),
+    "columns": Case((1, 1024, 512), 1, 8, gaussians=64),
+    "looped columns": Case((8, 2048, 512), 1, 8),
     "split rows": Case((1, 1 << 20), 1, 1, weights=True),
     "split columns": Case((2, 16384, 64), 1, 1),
     "mixture in rows": Case((64, 2048), 1, 8, density="mixture"),
@@ -103,8 +104,12 @@ MORE = {
     "rows of 1000": Case((64, 4000), 1, 4, gaussians=5),
     "odd rows": Case((64, 333), 1, 3, aligned=False),
     "long rows": Case((4, 16384), 1, 1),
+    "looped short columns": Case((32, 40, 1024), 1, 8),
     "short columns": Case((8, 24, 1024), 1, 8, weights=True),
     "odd columns": Case((8, 41, 333), 1, 4, aligned=False),
+    "looped rows": Case((256, 1 << 15), 1, 1, gaussians=64, weights=True),
+    "looped columns, masked": Case((8, 2048, 512), 1, 8, mask=True, options={"padding_stats": "exclude"}),
+    "odd looped columns": Case((8, 2041, 333), 1, 8, aligned=False),
     "thin columns": Case((4, 65536, 8), 1, 1),
     "padded": Case((16, 2048), 1, 8, options={"padding_value": 0.0}),
     "masked": Case((4, 512, 512), 1, 4, mask=True, options={"padding_stats": "exclude"}),
@@ -217,7 +222,8 @@ READERS = {
     "mixture_split_slopes",
 }
 WRITERS = {
-    *("forward_resident", "split_output", "backward_resident", "split_gradient"),
+    *("forward_resident", "forward_looped", "split_output"),
+    *("backward_resident", "backward_looped", "split_gradient"),
     *("mixture_backward_resident", "mixture_split_gradient"),
     *("block_forward_resident", "block_backward_resident"),
     "additive_output",

@@ -6,11 +6,25 @@ import pytest
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that short slices are split over blocks, each with several tiles."""
+    yield from _small_tiles(monkeypatch, cached=1)
+
+
+@pytest.fixture
+def looped_tiles(monkeypatch):
+    """The same, but that one program goes over the tiles of its slices."""
+    yield from _small_tiles(monkeypatch, cached=1 << 30)
+
+
+def _small_tiles(monkeypatch, cached):
     from daam_kernels.kernels import host, launch
     from daam_kernels.kernels.remembered import forget_launches
 
-    monkeypatch.setattr(launch, "BUDGET", launch.Budget(64, 64, 64, 64, split=64, usual=64, merged=64))
+    budget = launch.Budget(64, 64, 64, 64, split=64, split_forward=64, usual=64, merged=64)
+    monkeypatch.setattr(launch, "BUDGET", budget)
     monkeypatch.setattr(launch, "_PROGRAMS_EACH", 8)
+    monkeypatch.setattr(launch, "_CACHED", cached)
+    monkeypatch.setattr(launch, "_LOOPED_BYTES", 1 << 20)  # a warp each
+    monkeypatch.setattr(launch, "_THREAD_ELEMENTS", 2)
     monkeypatch.setattr(host, "processors", lambda device: 1)
     forget_launches()
     yield

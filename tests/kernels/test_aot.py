@@ -62,13 +62,18 @@ def test_kernels_compile_without_faults(compiled, name, dtype, target):
     statistics = ["split_statistics", "split_normaliser"] if normalised else ["split_statistics"]
     sums = mixture + "split_sums" if normalised else "mixture_split_slopes"
     last = ("feature_" if density == "gaussian" else mixture) + "parameter_gradients"
-    forward = ["forward_resident"], [*statistics, "split_output"]
-    backward = [mixture + "backward_resident"], [sums, mixture + "split_gradient"]
-    ways = [f + b + [last] for f, b in itertools.product(forward, backward)]
-    must_be_split = "split" in name or name == "thin columns"  # others may be split in the backward pass alone
+    forward = dict(resident=["forward_resident"], split=[*statistics, "split_output"], looped=["forward_looped"])
+    backward = dict(resident=[mixture + "backward_resident"], split=[sums, mixture + "split_gradient"])
+    backward["looped"] = ["backward_looped"]
+    ways = {(f, b): forward[f] + backward[b] + [last] for f, b in itertools.product(forward, backward)}
     if name in aot.BLOCKS:
-        ways = [["block_forward_resident", "block_backward_resident", "block_parameter_gradients"]] * 2
-    assert launched in (ways[-1:] if must_be_split else ways[:2])
+        assert launched == ["block_forward_resident", "block_backward_resident", "block_parameter_gradients"]
+    elif "split" in name or name == "thin columns":
+        assert launched == ways["split", "split"]
+    elif "looped" in name or name == "ragged columns":
+        assert launched == ways["looped", "looped"]
+    else:  # some are split or looped over in the backward pass alone
+        assert launched in [way for (f, _), way in ways.items() if f == "resident"] + [ways["looped", "looped"]]
 
 
 def forward_per_element(compiled, name, dtype):

@@ -39,23 +39,32 @@ def check(x, grad, parameters, **options):
     assert_contract(got, truth(x, *parameters, grad, **options), x.dtype, str(options))
 
 
+SPLIT = ["split_statistics", "split_normaliser", "split_output"], ["split_sums", "split_gradient"]
+LOOPED = ["forward_looped"], ["backward_looped"]
+
+
+@pytest.fixture(params=["split", "looped"])
+def way(request):
+    """Tiles that hold no slice whole, and the kernels that they are for."""
+    request.getfixturevalue({"split": "small_tiles", "looped": "looped_tiles"}[request.param])
+    return {"split": SPLIT, "looped": LOOPED}[request.param]
+
+
 LONG = {"rows": ((2, 331), 1), "columns": ((331, 36), 0), "thin columns": ((1, 331, 5), 1)}
 
 
 @pytest.mark.parametrize("layout", LONG)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_split_slices(small_tiles, launched, dtype, layout):
+def test_long_slices(way, launched, dtype, layout):
     shape, axis = LONG[layout]
     x, grad, parameters = inputs(shape, 2, dtype, mean=3.0)
     check(x, grad, parameters, norm_axis=axis)
-    assert launched == [
-        "split_statistics", "split_normaliser", "split_output", "split_sums", "split_gradient", "parameter_gradients"
-    ]  # fmt: skip
+    assert launched == [*way[0], *way[1], "parameter_gradients"]
 
 
 @pytest.mark.parametrize("padding_stats", ["zero", "exclude"])
 @pytest.mark.parametrize("normalize, eps", [("clamp", 1e-8), ("clamp", 50.0), ("softmax", 1e-8)])
-def test_split_slices_with_padding(small_tiles, padding_stats, normalize, eps):
+def test_long_slices_with_padding(way, padding_stats, normalize, eps):
     x, grad, parameters = inputs((3, 250), 1, torch.float32, mean=2.0)
     mask = torch.rand((3, 250), generator=generator(5)).to(DEVICE) < 0.7
     mask[0, :130] = False  # a first run without a valid element
@@ -67,7 +76,7 @@ def test_split_slices_with_padding(small_tiles, padding_stats, normalize, eps):
 
 
 @pytest.mark.parametrize("padding_stats", ["zero", "exclude"])
-def test_split_slices_on_an_offset_with_a_constant_gradient(small_tiles, padding_stats):
+def test_long_slices_on_an_offset_with_a_constant_gradient(way, padding_stats):
     x, grad, parameters = inputs((2, 300), 1, torch.float32, mean=1e4)
     mask = None
     if padding_stats == "exclude":
@@ -76,15 +85,24 @@ def test_split_slices_on_an_offset_with_a_constant_gradient(small_tiles, padding
     check(x, torch.ones_like(grad), parameters, mask=mask, padding_stats=padding_stats)
 
 
-def test_split_weights_come_from_the_same_launch(small_tiles, launched):
+@pytest.mark.parametrize("padded", [False, True])
+def test_short_columns_that_are_looped_over(looped_tiles, launched, padded):
+    """Slices of 3 and 4, whose statistics are found again backward."""
+    x, grad, parameters = inputs((2, 7, 70), 2, torch.bfloat16, mean=3.0)
+    mask = torch.rand(x.shape, generator=generator(5)).to(DEVICE) < 0.7 if padded else None
+    check(x, grad, parameters, norm_axis=1, mask=mask, padding_stats="exclude")
+    assert launched == [*LOOPED[0], *LOOPED[1], "parameter_gradients"]
+
+
+def test_weights_of_long_slices_come_from_the_same_launch(way, launched):
     x, _, parameters = inputs((2, 300), 1, torch.float64)
     _, weights = daam_kernels.density_attention(x, *parameters, return_weights=True, backend="triton")
     exact = daam_kernels.reference.density_attention(x, *parameters, return_weights=True)[1]
     torch.testing.assert_close(weights, exact, rtol=1e-12, atol=1e-15)
-    assert len(launched) == 3
+    assert launched == way[0]
 
 
-def test_split_gradient_without_saved_statistics(small_tiles):
+def test_gradient_of_long_slices_without_saved_statistics(way):
     x, grad, parameters = inputs((2, 300), 1, torch.float64)
     options = (1, None, "zero", "clamp", 1e-8, False, "product", True)
     *got, _ = torch.ops.daam_kernels.density_attention_backward(
@@ -127,11 +145,11 @@ def test_strides_are_honoured_without_copies(monkeypatch, x_layout, grad_layout)
         assert {x_layout, grad_layout} & {"transposed", "expanded"} and x_layout != grad_layout
 
 
-@pytest.mark.parametrize("small", [False, True])
-def test_saved_statistics_where_the_gradient_splits_the_axes_otherwise(request, small):
+@pytest.mark.parametrize("tiles", [None, "small_tiles", "looped_tiles"])
+def test_saved_statistics_where_the_gradient_splits_the_axes_otherwise(request, tiles):
     """x is [1, R, 12]; its gradient merges only as [3, R, 4]: both passes must mean the same slice by a number."""
-    if small:
-        request.getfixturevalue("small_tiles")
+    if tiles is not None:
+        request.getfixturevalue(tiles)
     x, grad, parameters = inputs((1, 128, 3, 4), 2, torch.float64, mean=1.0)
     grad = torch.cat((grad, grad), -1).narrow(-1, 0, 4)
     out = torch.empty_like(x)
@@ -143,7 +161,7 @@ def test_saved_statistics_where_the_gradient_splits_the_axes_otherwise(request, 
     check(x, grad, parameters, norm_axis=1)
 
 
-def test_bits_do_not_depend_on_the_run(small_tiles):
+def test_bits_do_not_depend_on_the_run(way):
     x, grad, parameters = inputs((2, 300), 1, torch.float32)
     first, second = (evaluate("triton", x, *parameters, grad) for _ in range(2))
     for a, b in zip(first, second, strict=True):

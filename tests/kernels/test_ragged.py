@@ -37,9 +37,20 @@ def test_split_slices(small_tiles, launched, density, features, layout, dtype):
     assert launched == FORWARD + BACKWARD[density]
 
 
+@pytest.mark.parametrize("features, layout", [(32, "columns"), (2, "rows")])
+def test_slices_that_are_looped_over(looped_tiles, launched, features, layout):
+    x, grad, cu_seqlens, parameters = inputs((features,), LENGTHS[layout], torch.float32, DEVICE, "product", mean=3.0)
+    x = transposed(x) if layout == "rows" else x
+    check("triton", x, grad, cu_seqlens, parameters)
+    assert launched == ["forward_looped", "backward_looped", "parameter_gradients"]
+
+
 @pytest.mark.parametrize("padding_stats, eps", [("zero", 50.0), ("exclude", 1e-8)])
-@pytest.mark.parametrize("density", ["product", "mixture"])
-def test_split_slices_with_padding(small_tiles, density, padding_stats, eps):
+@pytest.mark.parametrize("density, tiles", [
+    ("product", "small_tiles"), ("product", "looped_tiles"), ("mixture", "small_tiles")
+])  # fmt: skip
+def test_long_slices_with_padding(request, density, tiles, padding_stats, eps):
+    request.getfixturevalue(tiles)
     x, grad, cu_seqlens, parameters = inputs((3,), (12, 150, 4), torch.float32, DEVICE, density)
     mask = torch.rand(x.shape, generator=generator(5)).to(DEVICE) < 0.7
     mask[12:87, 0] = False  # a slice of padding alone
@@ -58,12 +69,14 @@ def options_of(density, max_seqlen=None):
     return daam_kernels.options.DensityOptions(0, None, "zero", "clamp", 1e-8, False, density, max_seqlen=max_seqlen)
 
 
-@pytest.mark.parametrize("small", [False, True], ids=["resident", "split"])
-@pytest.mark.parametrize("density", ["product", "mixture"])
-def test_no_access_out_of_bounds(monkeypatch, request, density, small):
+@pytest.mark.parametrize("density, tiles", [
+    ("product", None), ("product", "small_tiles"), ("product", "looped_tiles"), ("mixture", None),
+    ("mixture", "small_tiles"),
+])  # fmt: skip
+def test_no_access_out_of_bounds(monkeypatch, request, density, tiles):
     """Every tensor lies in the middle of NaN: what is read of them shows in the results, what is written in them."""
-    if small:
-        request.getfixturevalue("small_tiles")
+    if tiles is not None:
+        request.getfixturevalue(tiles)
     x, grad, cu_seqlens, parameters = inputs((3,), (4, 31, 5), torch.float32, DEVICE, density)
     mean_offsets, c, *weights = parameters
     last = weights[0].log_softmax(1) if weights else None, cu_seqlens
@@ -85,7 +98,7 @@ def test_no_access_out_of_bounds(monkeypatch, request, density, small):
     density_forward.density_forward(x, mean_offsets, c, None, options_of(density), y, None, stats, *last)
     got = density_backward.density_backward(grad, x, mean_offsets, c, None, stats, options_of(density, 36), *last)
     monkeypatch.undo()
-    assert len(buffers) >= 5 + small
+    assert len(buffers) >= 5 + (tiles == "small_tiles")
     for buffer in buffers:
         assert_margins_intact(buffer)
     got = (y, *got[: len(parameters)])
