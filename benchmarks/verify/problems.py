@@ -1,7 +1,7 @@
 """Every operator of the package on a few small problems, on any device: what its tensors are, and how it is called.
 
 Two sizes: for derivatives, of which numerical ones take an evaluation per element; and for what watches memory, large
-enough that every kind of kernel runs: rows and columns, slices that fit a block and slices that are split.
+enough that every kind of kernel runs: rows and columns, slices that fit a block, are looped over and are split.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ def _product(draw: Draw, small: bool) -> Named:
         tensors = draw.x(*shape), *draw.gaussians(2, 3)
         yield f"{name}, masked", partial(density_attention, norm_axis=axis, **masked), tensors
     if not small:
+        for name, shape in (("short", (40, 11, 1000)), ("long", (20, 600, 264))):  # for every processor two programs
+            yield f"{COLUMNS}, {name}", partial(density_attention, norm_axis=1), (draw.x(*shape), *draw.gaussians(2, 3))
         weighted = partial(density_attention, return_weights=True, padding_value=0.0)
         yield "weights", lambda *t, **backend: weighted(*t, **backend)[0], (draw.x(8, 100), *draw.gaussians(2, 3))
 

@@ -77,6 +77,47 @@ def test_contract_at_the_size_of_the_page(norm_axis, dtype, row, num_gaussians):
                     assert_contract(got, expected, dtype, f"offsets={offsets}, c={width}")
 
 
+@pytest.fixture
+def looped_columns(monkeypatch):
+    """A GPU of one processor, for which a few programs are enough to go over columns a tile at a time."""
+    pytest.importorskip("triton")
+    from daam_kernels.kernels import density_backward, density_forward, host
+    from daam_kernels.kernels.remembered import forget_launches
+
+    launched = []
+    for module in (density_forward, density_backward):
+
+        def run(kernel, *args, original=module.run, **kwargs):
+            launched.append(kernel.fn.__name__)
+            original(kernel, *args, **kwargs)
+
+        monkeypatch.setattr(module, "run", run)
+    monkeypatch.setattr(host, "processors", lambda device: 1)
+    forget_launches()
+    yield launched
+    forget_launches()
+
+
+@pytest.mark.parametrize("length, heads", [(24, 8), (40, 8), (128, 4), (515, 2), (1030, 1)])
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_contract_of_columns_that_are_looped_over(looped_columns, row, dtype, length, heads):
+    mean, deviation = ROWS[row]
+    x, mean_offsets, c, grad = problem(
+        (3, length, 200), heads, 5, dtype, mean=mean, deviation=deviation, offsets=0.05 * deviation
+    )
+    mask = torch.rand(x.shape, generator=generator(9)).to(CUDA) < 0.8
+    for options in ({}, dict(mask=mask, padding_stats="exclude", residual=True), dict(mask=mask)):
+        options["norm_axis"] = 1
+        got = evaluate("triton", x, mean_offsets, c, grad, **options)
+        expected = truth(x, mean_offsets, c, grad, **options)
+        if dtype in HALF_TYPES and row == "N(1e4, 0.1)":
+            assert_finite_but_for_overflow(got, expected)
+        else:
+            assert_contract(got, expected, dtype, f"{options}")
+    assert set(looped_columns) == {"forward_looped", "backward_looped", "parameter_gradients"}
+
+
 # Lengths of a slice from one warp's worth to many blocks, with a remainder; both kinds of axis.
 @pytest.mark.parametrize("length", [7, 64, 100, 1000, 4099, 20_000, 70_001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
