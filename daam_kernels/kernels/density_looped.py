@@ -86,7 +86,7 @@ def backward_looped(
     COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Reads x and g, from memory and then from the cache; writes dx, and four sums per block."""
+    """Reads x and g; writes dx, and four sums per block. One launch, which finds the statistics that nobody saved."""
     head, block, start, n, o, i, inside = program_slices(
         cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
     )
