@@ -81,7 +81,7 @@ def _product(draw: Draw, small: bool) -> Named:
         tensors = draw.x(*shape), *draw.gaussians(2, 3)
         yield f"{name}, masked", partial(density_attention, norm_axis=axis, **masked), tensors
     if not small:
-        for name, shape in (("short", (40, 11, 1000)), ("long", (20, 600, 264))):  # for every processor two programs
+        for name, shape in (("short", (40, 11, 1000)), ("long", (20, 600, 264))):  # enough for every processor
             yield f"{COLUMNS}, {name}", partial(density_attention, norm_axis=1), (draw.x(*shape), *draw.gaussians(2, 3))
         weighted = partial(density_attention, return_weights=True, padding_value=0.0)
         yield "weights", lambda *t, **backend: weighted(*t, **backend)[0], (draw.x(8, 100), *draw.gaussians(2, 3))

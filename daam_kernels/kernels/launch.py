@@ -32,9 +32,7 @@ class Budget:
     backward_rows: int = 8192
     backward_columns: int = 4096
     split: int = 2048
-    split_forward: int = (
-        8192  # of the product, where there is enough for all, because threads exchange a tile's sums
-    )
+    split_forward: int = 8192  # of the product, where there is enough for all, because threads exchange a tile's sums
     usual: int = 2048  # where slices are short: that many elements' worth of them
     merged: int = 2048  # partial results that a program merges at once
 
@@ -51,7 +49,8 @@ _MOST_WARPS = 16
 _CACHED = 2**17  # bytes of x that a processor's programs go over again: half its cache, beside as much of the gradient
 _LOOPED_ROW = 128  # bytes of neighbouring slices in a row of their tiles, where there is a choice
 _LOOPED_BYTES = 2**13  # of x that a warp goes over: 16 warps of a processor reach what is cached
-_LOOPED_EACH = 2  # programs for each processor, at least, of slices that a tile could hold
+_LOOPED_EACH = 8  # warps for each processor, at least
+_LOOPED_LENGTH = 2048  # elements of a row of a half type that is looped over backward although a tile could hold it
 _LOOPED_REGISTERS = (128, 168), (168, 255)  # of a thread, forward and backward; where elements can be padding
 _FEATURES, _ROWS = 64, 16  # whose partial sums a program adds, and how many at a time
 MOST_LAYERS = 6  # that one sweep takes: each makes the kernels longer, and they take longer to compile
@@ -316,13 +315,13 @@ def ladder(problem: Problem, processors: int = PROCESSORS) -> Choice:
     usual, merged = BUDGET.usual // scale**2, _merged(problem)
     block_r = _power_of_two(longest)
     split = block_r * narrow > largest
-    looped = None
-    if split:
-        looped = _looped_tile(problem, narrow, processors)
-    elif problem.columns:  # a thread can go over slices by itself, where there are threads enough
-        looped = _looped_tile(problem, min(available, _LOOPED_ROW // itemsize), _LOOPED_EACH * processors)
-    if looped is not None:
-        return looped
+    # A thread of columns can go over slices by itself; backward rows of half types are long enough to be worth a loop.
+    long_row = problem.backward and itemsize == 2 and longest >= _LOOPED_LENGTH
+    if split or problem.columns or long_row:
+        least = narrow if split or not problem.columns else min(available, _LOOPED_ROW // itemsize)
+        looped = _looped_tile(problem, least, processors)
+        if looped is not None:
+            return looped
     if split:
         block_s, programs = wide, _PROGRAMS_EACH * processors
         runs = problem.outer * problem.num_heads
@@ -345,7 +344,7 @@ def ladder(problem: Problem, processors: int = PROCESSORS) -> Choice:
     if not (few_warps or itemsize == 8):
         # What a thread does once for its slices is shared by its elements, but masks take registers, and slices do.
         shared = _is_whole(problem, block_r, block_s) and not problem.padded and block_r >= 256
-        programs = -(-slices // block_s) * (problem.outer if problem.apart else 1) * problem.num_heads
+        programs = _programs(problem, block_s)
         if problem.num_mixed and not problem.backward:
             elements = 16
             if shared:
@@ -360,39 +359,46 @@ def ladder(problem: Problem, processors: int = PROCESSORS) -> Choice:
     return Choice(block_r, block_s, num_warps, min(registers, most_registers(num_warps)))
 
 
-def _looped_tile(problem: Problem, narrow: int, programs: int) -> Choice | None:
-    """That of programs which go over their slices a tile at a time, where there are as many; ``narrow``: slices in a
-    row of the tile, at least."""
+def _looped_tile(problem: Problem, narrow: int, processors: int) -> Choice | None:
+    """That of programs which go over their slices a tile at a time, where there are enough; ``narrow``: slices in a row
+    of the tile, at least."""
     itemsize, rows = problem.itemsize, _power_of_two(problem.longest)
     of_warp = 32 * _THREAD_ELEMENTS // (max(itemsize, 4) // 4)
     block_s = 1
     if problem.columns:  # the fewer rows a tile has, the less is exchanged between threads
         wide = max(_LOOPED_ROW // itemsize, min(of_warp, _LOOPED_BYTES // (itemsize * rows)))
         block_s = min(_power_of_two(problem.slices), max(narrow, wide))
-    while block_s > narrow and not _loops(problem, block_s, programs):
+    while True:
+        num_warps = max(1, min(_WARPS_COLUMNS, rows * block_s * itemsize // _LOOPED_BYTES))
+        enough = _programs(problem, block_s) * num_warps >= _LOOPED_EACH * processors
+        if enough and _loops(problem, block_s, processors):
+            break
+        if block_s <= narrow:
+            return None
         block_s //= 2
-    num_warps = max(1, min(_WARPS_COLUMNS, rows * block_s * itemsize // _LOOPED_BYTES))
     block_r = max(1, num_warps * of_warp // block_s)
-    if block_r >= problem.longest or not _loops(problem, block_s, programs):
+    if block_r >= problem.longest:
         return None
     return Choice(block_r, block_s, num_warps, _LOOPED_REGISTERS[problem.padded][problem.backward])
 
 
-def _loops(problem: Problem, block_s: int, programs: int) -> bool:
-    """Whether a program may go over its slices a tile at a time: there are so many, and the cache holds what they read.
-
-    Only the product has such kernels.
-    """
-    blocks = -(-problem.slices // block_s) * (problem.outer if problem.apart else 1)
+def _loops(problem: Problem, block_s: int, processors: int) -> bool:
+    """Whether a program may go over its slices a tile at a time: each processor has one, and the cache holds what they
+    read. Only the product has such kernels."""
     fits = problem.longest * block_s * problem.itemsize <= _CACHED
-    return fits and problem.density == "product" and problem.num_layers == 1 and blocks * problem.num_heads >= programs
+    product = problem.density == "product" and problem.num_layers == 1
+    return product and fits and _programs(problem, block_s) >= processors
+
+
+def _programs(problem: Problem, block_s: int) -> int:
+    return -(-problem.slices // block_s) * (problem.outer if problem.apart else 1) * problem.num_heads
 
 
 def cut(problem: Problem, choice: Choice, processors: int = PROCESSORS) -> Tile:
     """The tile of a choice: a slice that it does not hold whole is looped over where the cache holds it, or else split
     over enough programs to fill the device."""
     block_r, block_s = choice.block_r, choice.block_s
-    num_blocks = -(-problem.slices // block_s) * (problem.outer if problem.apart else 1)
+    num_blocks = _programs(problem, block_s) // problem.num_heads
     num_chunks, tiles = 0, -(-problem.longest // block_r)
     if tiles > 1 and not _loops(problem, block_s, processors):
         most = min(tiles, max(1, _merged(problem) // block_s))

@@ -24,6 +24,7 @@ def _small_tiles(monkeypatch, cached):
     monkeypatch.setattr(launch, "_PROGRAMS_EACH", 8)
     monkeypatch.setattr(launch, "_CACHED", cached)
     monkeypatch.setattr(launch, "_LOOPED_BYTES", 1 << 20)  # a warp each
+    monkeypatch.setattr(launch, "_LOOPED_EACH", 1)
     monkeypatch.setattr(launch, "_THREAD_ELEMENTS", 2)
     monkeypatch.setattr(host, "processors", lambda device: 1)
     forget_launches()

@@ -225,6 +225,8 @@ def test_slices_that_the_cache_holds_are_looped_over(itemsize):
     assert list(modes((32, 40, 5120), 1, 8, itemsize)) == ["looped", "looped"]  # slices of 5
     assert list(modes((2, 24, 1024), 1, 8, itemsize)) == ["resident", "resident"]  # too few for a processor each
     assert list(modes((1, 2048, 512), 1, 1, itemsize)) == ["split", "split"]  # 8 programs would leave a GPU idle
+    assert list(modes((1 << 13, 4096), 1, 1, itemsize)) == ["resident", "looped" if itemsize == 2 else "resident"]
+    assert list(modes((1 << 9, 4096), 1, 1, itemsize)) == ["resident", "resident"]  # a warp each would be too few
     rows = 1 << 15
     assert list(modes((512, rows), 1, 1, itemsize)) == ["looped", "looped"]
     assert list(modes((512, 4 * rows), 1, 1, itemsize)) == ["split", "split"]  # 256 kB of x and more
@@ -375,7 +377,7 @@ def test_a_thread_has_more_elements_where_programs_are_many():
     others = (64, 2048, 1), (1 << 14, 2000, 1), (1 << 17, 128, 1)  # few programs, masks, short slices
     assert [elements(shape) for shape in others] == [8] * 3
     assert elements(padded=True) == elements(num_layers=3) == 8
-    assert elements(backward=True) == elements((1 << 14, 256, 1), backward=True) == 16
+    assert elements(itemsize=4, backward=True) == elements((1 << 14, 256, 1), backward=True) == 16
     assert elements(others[0], backward=True) == 8
 
 
