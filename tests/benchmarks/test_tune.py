@@ -41,7 +41,8 @@ def test_candidates_are_one_step_away():
         assert not launch.fault(problem, c)
         for name in ("block_r", "block_s", "num_warps"):
             assert getattr(c, name) / getattr(ladder, name) in (0.5, 1, 2)
-        assert c.registers in (launch.most_registers(c.num_warps), ladder.registers // 2)
+        most = launch.most_registers(c.num_warps)
+        assert c.registers in (most, min(ladder.registers, most), ladder.registers // 2)
 
 
 @interpreted
