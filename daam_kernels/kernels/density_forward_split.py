@@ -33,12 +33,10 @@ from .density_math import (
 from .host import SIZES
 from .mixture_math import gate_density, mark_far, merge_mixture, mixture_at_peak, mixture_density, mixture_over_peak
 from .tiles import (
-    find_valid,
     first_valid,
-    load_tile,
+    load_slices,
     parameter_number,
     program_slices,
-    rows_within,
     slice_number,
     slice_offsets,
     tile_offsets,
@@ -59,8 +57,7 @@ def split_statistics(
         cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
     )
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
-    if PADDED:
-        mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
+    mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     count = tl.zeros([BLOCK_S], ACC)
     mean = tl.zeros([BLOCK_S], ACC)
@@ -71,14 +68,13 @@ def split_statistics(
         x0 = tl.load(x_ptr + at, mask=inside, other=0.0).to(ACC)
     for t in range(tiles):
         r = first + t * BLOCK_R + tl.arange(0, BLOCK_R)
-        within = rows_within(r, n, inside, WHOLE)
-        x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
-        valid = within
+        x, _, valid, domain = load_slices(
+            x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, r, n, inside,
+            PADDING, HAS_MASK, PADDED, EXCLUDE, COLUMNS, VEC, WHOLE, ACC,
+        )  # fmt: skip
         if PADDED:
-            valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
             found = first_valid(x_ptr, x_base, valid, r, x_stride_r, BLOCK_R, COLUMNS, VEC).to(ACC)
             x0 = tl.where(count == 0.0, found, x0)
-        domain = valid if EXCLUDE else within
         counted = counted_values(x - x0[None, :], x0, valid, PADDED, EXCLUDE)
         tile_count = tl.sum(domain.to(ACC), axis=0)
         tile_mean = tl.sum(tl.where(domain, counted, 0.0), axis=0) * inverse_of(tl.maximum(tile_count, 1.0))
@@ -116,8 +112,7 @@ def split_normaliser(
         offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
         slope, center, _spread, _level = product_quadratic(offset, width, real, EPS, ACC)
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
-    if PADDED:
-        mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
+    mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
     x0, mean, var = merge_statistics(moments_ptr, number, slices, num_chunks, inside, EPS, True, False, BLOCK_C)
@@ -133,11 +128,10 @@ def split_normaliser(
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for t in range(tiles):
         r = first + t * BLOCK_R + tl.arange(0, BLOCK_R)
-        within = rows_within(r, n, inside, WHOLE)
-        x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
-        domain = within
-        if EXCLUDE:
-            domain = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
+        x, _, _, domain = load_slices(
+            x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, r, n, inside,
+            PADDING, HAS_MASK, EXCLUDE, EXCLUDE, COLUMNS, VEC, WHOLE, ACC,
+        )  # fmt: skip
         before = peak
         if MIXTURE:
             d = (x - x0[None, :]) - mean[None, :]
@@ -189,8 +183,7 @@ def split_output(
     )
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     y_base = slice_offsets(o, i, start, y_stride_o, y_stride_r, y_stride_i, COLUMNS, VEC)
-    if PADDED:
-        mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
+    mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
     if NORMALISED:
@@ -228,12 +221,10 @@ def split_output(
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for t in range(tiles):
         r = first + t * BLOCK_R + tl.arange(0, BLOCK_R)
-        within = rows_within(r, n, inside, WHOLE)
-        x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
-        valid = within
-        if PADDED:
-            valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
-        domain = valid if EXCLUDE else within
+        x, within, valid, domain = load_slices(
+            x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, r, n, inside,
+            PADDING, HAS_MASK, PADDED, EXCLUDE, COLUMNS, VEC, WHOLE, ACC,
+        )  # fmt: skip
         if not NORMALISED:
             densities = gate_density(
                 (x - x0[None, :]) - mean[None, :], rstd, domain,

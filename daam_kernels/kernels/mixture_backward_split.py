@@ -36,12 +36,11 @@ from .mixture_math import (
     slopes,
 )
 from .tiles import (
-    find_valid,
     first_valid,
+    load_slices,
     load_tile,
     parameter_number,
     program_slices,
-    rows_within,
     slice_number,
     slice_offsets,
     tile_offsets,
@@ -68,10 +67,10 @@ def run_peak(
     peak = tl.zeros_like(rstd) - FAR
     for tile in range(tiles):
         r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        domain = rows_within(r, n, inside, WHOLE)
-        x = load_tile(x_ptr, x_base, r, x_stride_r, domain, COLUMNS, VEC, ACC)
-        if EXCLUDE:
-            domain = find_valid(x, domain, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
+        x, _, _, domain = load_slices(
+            x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, r, n, inside,
+            PADDING, HAS_MASK, EXCLUDE, EXCLUDE, COLUMNS, VEC, WHOLE, ACC,
+        )  # fmt: skip
         _from_x0, d = deviations(x, x0, mean, domain, EXCLUDE)
         found = mixture_peak(d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, CLAMP, ACC)
         peak = tl.maximum(peak, found)
@@ -96,8 +95,7 @@ def mixture_split_sums(
     )
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     g_base = slice_offsets(o, i, start, g_stride_o, g_stride_r, g_stride_i, COLUMNS, VEC)
-    if PADDED:
-        mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
+    mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
     x0, mean, marked = load_statistics(stats_ptr, number, slices, inside)
@@ -107,7 +105,7 @@ def mixture_split_sums(
     far = marked < 0.0
     if tl.max(far.to(tl.int32), axis=0) > 0:
         peak = run_peak(
-            x_ptr, mask_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr, x_base, mask_base if PADDED else x_base,
+            x_ptr, mask_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr, x_base, mask_base,
             x0, mean, rstd, first, n, inside, head, num_gaussians, tiles, x_stride_r, mask_stride_r,
             PADDING, HAS_MASK, EXCLUDE, CLAMP, ACC, COLUMNS, VEC, WHOLE, BLOCK_R,
         )  # fmt: skip
@@ -124,14 +122,13 @@ def mixture_split_sums(
     q2 = tl.zeros([BLOCK_S], ACC)
     for tile in range(tiles):
         r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        within = rows_within(r, n, inside, WHOLE)
-        x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
+        x, within, valid, domain = load_slices(
+            x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, r, n, inside,
+            PADDING, HAS_MASK, PADDED, EXCLUDE, COLUMNS, VEC, WHOLE, ACC,
+        )  # fmt: skip
         g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
-        valid = within
         if PADDED:
-            valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
             g = tl.where(valid, g, 0.0)
-        domain = valid if EXCLUDE else within
         from_x0, d = deviations(x, x0, mean, valid, EXCLUDE)
         # g0 is the run's first valid g. Until there is one g is 0, and the sums of q become those seen from g0.
         found = tl.where(seen == 0.0, first_valid(g_ptr, g_base, valid, r, g_stride_r, BLOCK_R, COLUMNS, VEC), g0)
@@ -236,8 +233,7 @@ def mixture_split_slopes(
     )
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     g_base = slice_offsets(o, i, start, g_stride_o, g_stride_r, g_stride_i, COLUMNS, VEC)
-    if PADDED:
-        mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
+    mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
     feature = parameter_number(head, i, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
@@ -250,15 +246,14 @@ def mixture_split_slopes(
     start_of_run = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for tile in range(tiles):
         r = start_of_run + tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        within = rows_within(r, n, inside, WHOLE)
-        x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
+        x, within, valid, domain = load_slices(
+            x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, r, n, inside,
+            PADDING, HAS_MASK, PADDED, EXCLUDE, COLUMNS, VEC, WHOLE, ACC,
+        )  # fmt: skip
         g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
-        valid = within
         g_valid = g
         if PADDED:
-            valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
             g_valid = tl.where(valid, g, 0.0)
-        domain = valid if EXCLUDE else within
         _from_x0, d = deviations(x, x0, mean, valid, EXCLUDE)
         count += tl.sum(domain.to(ACC), axis=0)
         h = gate_gradient(g, g_valid, x, domain, MULTIPLY)
@@ -304,8 +299,7 @@ def mixture_split_gradient(
     x_base = slice_offsets(o, i, start, x_stride_o, x_stride_r, x_stride_i, COLUMNS, VEC)
     g_base = slice_offsets(o, i, start, g_stride_o, g_stride_r, g_stride_i, COLUMNS, VEC)
     dx_base = slice_offsets(o, i, start, dx_stride_o, dx_stride_r, dx_stride_i, COLUMNS, VEC)
-    if PADDED:
-        mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
+    mask_base = slice_offsets(o, i, start, mask_stride_o, mask_stride_r, mask_stride_i, COLUMNS, 1)
     number = slice_number(o, i, head, outer, inner, COLUMNS, VEC)
     slices = num_slices.to(tl.int64)
     x0, mean, var = load_statistics(stats_ptr, number, slices, inside)
@@ -326,15 +320,14 @@ def mixture_split_gradient(
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for tile in range(tiles):
         r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        within = rows_within(r, n, inside, WHOLE)
-        x = load_tile(x_ptr, x_base, r, x_stride_r, within, COLUMNS, VEC, ACC)
+        x, within, valid, domain = load_slices(
+            x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, r, n, inside,
+            PADDING, HAS_MASK, PADDED, EXCLUDE, COLUMNS, VEC, WHOLE, ACC,
+        )  # fmt: skip
         g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
-        valid = within
         g_valid = g
         if PADDED:
-            valid = find_valid(x, within, mask_ptr, mask_base, r, mask_stride_r, PADDING, HAS_MASK)
             g_valid = tl.where(valid, g, 0.0)
-        domain = valid if EXCLUDE else within
         from_x0, d = deviations(x, x0, mean, valid, EXCLUDE)
         if NORMALISED:
             densities = mixture_density(
