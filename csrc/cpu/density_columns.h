@@ -25,8 +25,9 @@ class Columns {
   // Of slices, or of runs of them if that is shorter.
   Columns(const Job<T>& job, int64_t run, void* scratch) : job(job), run(run), scratch(scratch) {}
 
-  // Elements [start, start + run) of the slices of a unit, as far as they reach.
-  void pack(int64_t unit, int64_t start) {
+  // Elements [start, start + run) of the slices of a unit, as far as they reach. If those are runs, the next one begins
+  // at next_start.
+  void pack(int64_t unit, int64_t start, int64_t next_start) {
     head = job.column_head(unit);
     first_row = head * job.chunk + start;
     lanes = job.column_lanes(unit);
@@ -45,7 +46,7 @@ class Columns {
     }
     const bool cut = run < job.longest;  // the next run, or the next unit
     const int64_t next = !cut && unit + 1 < job.units ? unit + 1 : unit;
-    const int64_t row = job.column_head(next) * job.chunk + (cut && start + run < job.length(head) ? start + run : 0);
+    const int64_t row = job.column_head(next) * job.chunk + next_start;
     const Lanes there = job.column_lanes(next);
     const auto next_at = [&](const void* base, const daam_strides& s) {
       return static_cast<const char*>(base) + (row * s.row + there.offset(0, s)) * (int64_t)job.storage.size;

@@ -10,9 +10,12 @@ namespace {
 using daam::Tensors;
 
 constexpr int64_t kLongestRow = 16384;  // elements of a slice that is worked on whole: it stays in the L2 cache
+constexpr int64_t kLongestOfMany = 131072;  // the same where there are kManyRows or more: threads need no runs of them
+constexpr int64_t kManyRows = 32;
 constexpr int64_t kLongestColumn = 4096;
 constexpr int64_t kRowRun = 8192;  // elements that longer ones are cut into; columns at least that many
 constexpr int64_t kColumnRun = 512;
+constexpr int64_t kBatchNumbers = 1 << 21;  // elements of longer ones that are swept again while a shared cache has them
 constexpr int64_t kRowNumbers = 2048;      // elements of rows that are worked on together
 constexpr int64_t kTileNumbers = 16384;    // of x in a tile of columns
 constexpr int64_t kNarrowestTile = 64;     // slices: narrower pieces of memory are slow to come by
@@ -37,6 +40,7 @@ struct Job {
   bool rows, stream;
   int64_t chunk, longest;      // elements of a slice, and of the longest
   int64_t width;               // slices of a unit: rows, or columns of one head
+  bool whole;                  // whether slices are worked on whole
   int64_t run;                 // elements that a slice too long for the cache is cut into
   int64_t span, tiles;         // columns: slices are cut into spans, those into units
   int64_t units;               // rows: counted through slices, then heads; columns: spans, heads, units of a span

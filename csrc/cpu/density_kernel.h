@@ -42,7 +42,7 @@ void run_task(Job<T>& job, int64_t task) {
   }
   Unit unit(job, job.longest, memory);
   for (int64_t i = begin; i < end; i++) {
-    unit.pack(i, 0);
+    unit.pack(i, 0, 0);
     for (int64_t j = 0; j < unit.groups(); j += unit.together()) {
       const int count = (int)least(unit.together(), unit.groups() - j);
       SliceSums<T> sums[kTogether];
@@ -58,10 +58,10 @@ template <class T, bool ROWS, bool BACKWARD, Padding P>
 void run_job(Job<T>& job, daam_parallel_for parallel_for) {
   using Unit = typename Select<ROWS, Rows<T, BACKWARD, P>, Columns<T, BACKWARD, P>>::type;
   const auto parallel = [&](int64_t count, auto body) { run_parallel(parallel_for, count, body); };
-  if (job.longest > (ROWS ? kLongestRow : kLongestColumn))
-    Split<T, Unit, BACKWARD, P>(job).run(parallel);
-  else
+  if (job.whole)
     parallel(job.tasks, [&](int64_t task) { run_task<T, Unit, BACKWARD, P>(job, task); });
+  else
+    Split<T, Unit, BACKWARD, P>(job).run(parallel);
 }
 
 template <class T, bool ROWS>
@@ -105,6 +105,8 @@ int run_storage(
     job.tiles = divide_up(job.span, job.width);
     job.units = divide_up(slices, job.span) * p.num_heads * job.tiles;
   }
+  const int64_t longest_row = slices * p.num_heads < kManyRows ? kLongestRow : kLongestOfMany * 4 / (int64_t)sizeof(T);
+  job.whole = job.longest <= (job.rows ? longest_row : kLongestColumn);
   job.run = job.rows ? kRowRun : most(kColumnRun, kTileNumbers / job.width);
   set_heads(job, static_cast<Heads<T>*>(heads.at));
   const int64_t unit_numbers = most(1, job.width * job.chunk);

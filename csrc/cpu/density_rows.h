@@ -20,8 +20,9 @@ class Rows {
   // Of slices, or of runs of them if that is shorter.
   Rows(const Job<T>& job, int64_t run, void* scratch) : job(job), run(run), scratch(scratch) {}
 
-  // Elements [start, start + run) of the slices of a unit, as far as they reach.
-  void pack(int64_t unit, int64_t start) {
+  // Elements [start, start + run) of the slices of a unit, as far as they reach. If those are runs, the next one begins
+  // at next_start.
+  void pack(int64_t unit, int64_t start, int64_t next_start) {
     const daam_density& p = job.problem;
     const Tensors& t = job.tensors;
     if (unit == next_unit)
@@ -50,7 +51,7 @@ class Rows {
         row.valid = valid;
       }
     }
-    look_ahead(unit, start, here, places[!flipped]);
+    look_ahead(unit, next_start - start, here, places[!flipped]);
   }
 
   int64_t groups() const { return 1; }
@@ -113,14 +114,14 @@ class Rows {
     }
   }
 
-  // The next unit, or the next run.
-  DAAM_INLINE void look_ahead(int64_t unit, int64_t start, const Places& here, Places& next) {
+  // The next unit, or the next run, which is that many elements on.
+  DAAM_INLINE void look_ahead(int64_t unit, int64_t on, const Places& here, Places& next) {
     const bool cut = run < job.longest;
     next_unit = cut ? -1 : least(unit + 1, job.units - 1);
-    if (!cut) find_places(next_unit, start, next);
+    if (!cut) find_places(next_unit, 0, next);
     for (int r = 0; r < packed.count; r++) {
       const Places& to = !cut && r < next.count ? next : here;
-      const int64_t past = cut && start + run < job.length(here.head[r]) ? run * (int64_t)job.storage.size : 0;
+      const int64_t past = on * (int64_t)job.storage.size;
       packed.ahead[r].x = to.x[r] + past * job.problem.x.row;
       packed.ahead[r].grad = BACKWARD ? to.grad[r] + past * job.problem.grad.row : packed.ahead[r].x;
       packed.ahead[r].step = packed.ahead[r].grad_step = N * (int64_t)job.storage.size;

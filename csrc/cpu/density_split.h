@@ -40,12 +40,13 @@ struct Known {
 template <class T, class Unit, bool BACKWARD, Padding P>
 class Split {
   typedef typename Unit::Layout L;
-  static constexpr int N = Vector<T>::N;
+  static constexpr int N = Vector<T>::N, kLanes = L::kRows ? 1 : N;  // in rows a unit is one slice
 
  public:
   explicit Split(Job<T>& job)
       : job(job), runs(divide_up(job.longest, job.run)), groups(L::kRows ? 1 : divide_up(job.width, N)),
-        found_memory(sizeof(Found<T>) * job.units * runs * groups), known_memory(sizeof(Known<T>) * job.units * groups),
+        batch(least(job.units, most(1, kBatchNumbers / (job.width * job.longest)))),
+        found_memory(sizeof(Found<T>) * batch * runs * groups), known_memory(sizeof(Known<T>) * batch * groups),
         found(static_cast<Found<T>*>(found_memory.at)), known(static_cast<Known<T>*>(known_memory.at)) {}
 
   // parallel(count, body) calls body(i) for every i below count.
@@ -54,35 +55,52 @@ class Split {
     if (!found || !known) {
       return job.run_out_of_memory();
     }
+    for (first = 0; first < job.units; first += batch) run_batch(parallel, least(batch, job.units - first));
+  }
+
+ private:
+  // Units from `first` on.
+  template <class Parallel>
+  void run_batch(Parallel parallel, int64_t units) {
+    bool backwards = true;  // every sweep begins with what the one before left in the caches
     const auto sweep_runs = [&](bool write, auto body) {
-      parallel(job.units * runs, [&](int64_t i) { each_group(i / runs, i % runs, write, body); });
+      const int64_t count = units * runs;
+      backwards = !backwards;
+      parallel(count, [&](int64_t i) {
+        const int64_t number = backwards ? count - 1 - i : i;
+        each_group(first + number / runs, number % runs, backwards ? -1 : 1, write, body);
+      });
     };
-    const auto merge_units = [&](auto body) { parallel(job.units * groups, [&](int64_t i) { body(i / groups, i % groups); }); };
+    const auto merge_units = [&](auto body) {
+      parallel(units * groups, [&](int64_t i) { body(first + i / groups, i % groups); });
+    };
     sweep_runs(false, [&](const Group<T>& g, Found<T>& f, Known<T>&) { find_run_statistics(g, f); });
     merge_units([&](int64_t unit, int64_t j) { merge_statistics(unit, j); });
     sweep_runs(false, [&](const Group<T>& g, Found<T>& f, Known<T>& k) { find_run_sums(g, k, ~k.moved, f); });
     merge_units([&](int64_t unit, int64_t j) { merge_totals(unit, j); });
-    sweep_runs(false, [&](const Group<T>& g, Found<T>& f, Known<T>& k) {
-      if (any(k.moved)) find_nearest<T, L, P, BACKWARD>(g, k.moved, k.statistics, job.run, f.nearest);
-    });
-    merge_units([&](int64_t unit, int64_t j) { merge_nearest(unit, j); });
-    sweep_runs(false, [&](const Group<T>& g, Found<T>& f, Known<T>& k) { find_run_sums(g, k, k.moved, f); });
+    if (any_moved(units)) {
+      sweep_runs(false, [&](const Group<T>& g, Found<T>& f, Known<T>& k) {
+        if (any(k.moved)) find_nearest<T, L, P, BACKWARD>(g, k.moved, k.statistics, job.run, f.nearest);
+      });
+      merge_units([&](int64_t unit, int64_t j) { merge_nearest(unit, j); });
+      sweep_runs(false, [&](const Group<T>& g, Found<T>& f, Known<T>& k) { find_run_sums(g, k, k.moved, f); });
+    }
     merge_units([&](int64_t unit, int64_t j) { finish(unit, j); });
     if constexpr (BACKWARD)
-      for (int64_t unit = 0; unit < job.units; unit++) merge_slopes(unit);
+      for (int64_t unit = first; unit < first + units; unit++) merge_slopes(unit);
     sweep_runs(true, [&](const Group<T>& g, Found<T>& f, Known<T>& k) { write(g, f, k); });
   }
 
- private:
   template <class Body>
-  void each_group(int64_t unit, int64_t run, bool write, Body& body) {
+  void each_group(int64_t unit, int64_t run, int64_t step, bool write, Body& body) {
     if (run >= runs_of(unit)) return;
     void* const memory = daam::thread_scratch(Unit::scratch_bytes(job, job.run));
     if (!memory) {
       return job.run_out_of_memory();
     }
     Unit packed(job, job.run, memory);
-    packed.pack(unit, run * job.run);
+    const int64_t next = run + step >= 0 && run + step < runs_of(unit) ? run + step : run;
+    packed.pack(unit, run * job.run, next * job.run);
     for (int64_t j = 0; j < packed.groups(); j++) body(*packed.take(j, 1), found_of(unit, run, j), known_of(unit, j));
     if (write) {
       packed.write_back();
@@ -90,8 +108,10 @@ class Split {
     }
   }
 
-  Known<T>& known_of(int64_t unit, int64_t j) { return known[unit * groups + j]; }
-  Found<T>& found_of(int64_t unit, int64_t run, int64_t j) { return found[(unit * runs + run) * groups + j]; }
+  Known<T>& known_of(int64_t unit, int64_t j) { return known[(unit - first) * groups + j]; }
+  Found<T>& found_of(int64_t unit, int64_t run, int64_t j) {
+    return found[((unit - first) * runs + run) * groups + j];
+  }
   int64_t head(int64_t unit) const { return L::kRows ? unit % job.problem.num_heads : job.column_head(unit); }
   int64_t runs_of(int64_t unit) const { return divide_up(job.length(head(unit)), job.run); }
   const Heads<T>& heads(int64_t unit) const { return job.heads[head(unit)]; }
@@ -107,8 +127,11 @@ class Split {
     Moments<T> m{};
     m.shift = guess_means<T, L, P>(g);
     find_moments<T, L, P>(g, g.lanes(), m);
-    m.shift += m.first * count.share;
-    find_moments<T, L, P>(g, g.lanes(), m);
+    const Mask<T> far = is_far<T>(m, count) & g.lanes();
+    if (any(far)) {
+      m.shift = far ? m.shift + m.first * count.share : m.shift;
+      find_moments<T, L, P>(g, far, m);
+    }
     finish_statistics<T>(m, 0, f.statistics);
     const V<T> squares = m.second - m.first * count.share * m.first;
     f.squares = squares < 0 ? V<T>{} : squares;
@@ -132,7 +155,7 @@ class Split {
   void merge_statistics(int64_t unit, int64_t j) {
     Known<T>& k = known_of(unit, j);
     V<T> counts{};
-    for (int lane = 0; lane < N; lane++) {
+    for (int lane = 0; lane < kLanes; lane++) {
       const T base = found_of(unit, 0, j).statistics.high[lane];
       double count = 0, first = 0, second = 0;
       bool have_grad = false;
@@ -160,7 +183,7 @@ class Split {
     k.statistics.rstd = 1 / square_root(k.statistics.var);
     origin_at_center<T>(k.origin, k.statistics, heads(unit));
     if constexpr (BACKWARD) start_at<T>(k.origin, merge_near(unit, j));
-    k.moved = heads(unit).narrow & first_lanes<T>(L::kRows ? 1 : N);
+    k.moved = heads(unit).narrow & first_lanes<T>(kLanes);
   }
 
   V<T> merge_near(int64_t unit, int64_t j) {
@@ -210,7 +233,7 @@ class Split {
   template <class Field>
   V<T> add_runs(int64_t unit, int64_t j, Field field) {
     V<T> sum{};
-    for (int lane = 0; lane < N; lane++) {
+    for (int lane = 0; lane < kLanes; lane++) {
       double total = 0;
       for (int64_t r = 0; r < runs_of(unit); r++) total += (double)field(found_of(unit, r, j))[lane];
       sum[lane] = (T)total;
@@ -228,7 +251,13 @@ class Split {
     Known<T>& k = known_of(unit, j);
     if (any(k.moved)) return;
     add_totals(unit, j);
-    k.moved = too_far<T>(k.totals.density, k.statistics.count.n) & first_lanes<T>(L::kRows ? 1 : N);
+    k.moved = too_far<T>(k.totals.density, k.statistics.count.n) & first_lanes<T>(kLanes);
+  }
+
+  bool any_moved(int64_t units) const {
+    for (int64_t i = 0; i < units * groups; i++)
+      if (any(known[i].moved)) return true;
+    return false;
   }
 
   void merge_nearest(int64_t unit, int64_t j) {
@@ -284,7 +313,8 @@ class Split {
   }
 
   Job<T>& job;
-  const int64_t runs, groups;
+  const int64_t runs, groups, batch;
+  int64_t first = 0;  // unit of the batch
   const Memory found_memory, known_memory;
   Found<T>* const found;
   Known<T>* const known;

@@ -284,8 +284,11 @@ SPLITS = {
     "long columns": ((2, 700, 65), 1, 1),
     "a long row": ((1, 250_001), -1, 1),
     "long rows": ((2, 210_007), -1, 2),
+    "long rows in batches": ((31, 80_003), -1, 1),
+    "many long rows": ((33, 20_003), -1, 1),
     "a long column": ((210_003, 1, 1), 0, 1),
     "few long columns": ((210_003, 3), 0, 1),
+    "long columns in batches": ((5003, 500), 0, 1),
     "long columns in two heads": ((410_003, 2), 0, 2),
 }
 
@@ -312,7 +315,10 @@ def test_the_same_bits_on_any_number_of_threads(split, masked, dtype, threads):
 
 
 @needs_library
-@pytest.mark.parametrize("split", ["a long row", "few long columns"])
+@pytest.mark.parametrize(
+    "split",
+    ["a long row", "long rows in batches", "many long rows", "few long columns", "long columns in batches"],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_long_slices_are_right(split, dtype):
     shape, axis, num_heads = SPLITS[split]
