@@ -57,12 +57,12 @@ class Columns {
     first_packed = 0;
     const bool whole = P == Padding::kNone && run == job.longest;
     is_short = kMayBeShort && whole && n >= 2 && n <= kLongestShort;
-    piecewise = is_short && lanes.adjacent(p.x) && lanes.adjacent(p.out) && (!BACKWARD || lanes.adjacent(p.grad));
+    adjacent = lanes.adjacent(p.x) && lanes.adjacent(p.out) && (!BACKWARD || lanes.adjacent(p.grad));
     factors = nullptr;
     moments = nullptr;
     if (BACKWARD) grad = {arrays.take(all), n, one};
     if (t.weights) weights = {arrays.take(all), n, one};
-    if (piecewise) return;
+    if (is_short) return;
     const bool products = whole && n > kLongestShort && !BACKWARD && !job.rules.residual && !t.weights;
     if (products) factors = reinterpret_cast<V<T>*>(arrays.take(groups() * N));
     if (whole && n > kBesideEachOther && lanes.count % N == 0 && lanes.adjacent(p.x)) {
@@ -85,12 +85,12 @@ class Columns {
   // Forward or backward of groups from number j on, as many as that and no more than together().
   void work_on(int64_t j, int groups, SliceSums<T>* sums) {
     const bool full = (j + groups) * N <= lanes.count;
-    const bool in_place = piecewise && full && job.storage.format != Format::kFloat16;
+    const bool in_place = is_short && adjacent && full && job.storage.format != Format::kFloat16;
     const daam_density& p = job.problem;
     const Tensors& t = job.tensors;
     const Lanes some = {lanes.first + j * N, least(groups * N, lanes.count - j * N), lanes.inner};
-    if (piecewise) first_packed = j;
-    if (piecewise && !in_place) {
+    if (is_short) first_packed = j;
+    if (is_short && !in_place) {
       job.storage.pack_tile(at(t.x, p.x), p.x, some, x);
       if (BACKWARD) job.storage.pack_tile(at(t.grad, p.grad), p.grad, some, grad);
     }
@@ -102,12 +102,11 @@ class Columns {
       else
         work_on_short<T, BACKWARD>(short_groups<T>(j, groups, in_place), sums);
     }
-    if (piecewise && !in_place) write(nullptr, some);
+    if (is_short && !in_place) write(nullptr, some);
   }
 
   // The same groups, packed, as density_slices.h takes them.
   const Group<T>* take(int64_t j, int groups) {
-    const int64_t size = (int64_t)job.storage.size;
     for (int b = 0; b < groups; b++, j++) {
       const int64_t from = (j - first_packed) * x.group;
       packed[b].count = (int)least(N, lanes.count - j * N);
@@ -122,15 +121,15 @@ class Columns {
       if (BACKWARD) row.grad = grad.at + from;
       if (P != Padding::kNone) row.valid = valid + from;
       if (weights.at) row.weights = weights.at + from;
-      const int64_t right = j * N * size;
-      packed[b].ahead[0] = {
-          next_x + right, BACKWARD ? next_grad + right : nullptr, job.problem.x.row * size, job.problem.grad.row * size};
+      const Field<const char> ahead_x = look_ahead(next_x, job.problem.x, j);
+      const Field<const char> ahead_grad = look_ahead(next_grad, job.problem.grad, j);
+      packed[b].ahead[0] = {ahead_x.at, ahead_grad.at, ahead_x.row, ahead_grad.row};
     }
     return packed;
   }
 
   void write_back() const {
-    if (!piecewise) write(factors, lanes);
+    if (!is_short) write(factors, lanes);
   }
 
   // Sums of groups from number j on.
@@ -168,19 +167,25 @@ class Columns {
     };
     const daam_density& p = job.problem;
     const Tensors& t = job.tensors;
-    const int64_t size = (int64_t)job.storage.size, right = j * N * size, line = 64 / sizeof(S);
+    const int64_t line = 64 / sizeof(S);
     ShortGroups<T, S> g = {groups, x.n, job.heads[head], job.rules, false, {}, {}, {}, {}, {}, {}};
     g.out = find(x, t.out, p.out);
     if (weights.at) g.weights = find(weights, t.weights, p.out);
     g.x = as_const(find(x, t.x, p.x));
-    g.next_x = {next_x + right, p.x.row * size, N * size};
+    g.next_x = look_ahead(next_x, p.x, j);
     if (BACKWARD) {
       g.grad = as_const(find(grad, t.grad, p.grad));
-      g.next_grad = {next_grad + right, p.grad.row * size, N * size};
+      g.next_grad = look_ahead(next_grad, p.grad, j);
     }
     const size_t places = (size_t)g.out.at | (size_t)g.weights.at;
     g.stream = in_place && job.stream && places % 64 == 0 && p.out.row % line == 0 && groups * N % line == 0;
     return g;
+  }
+  // What to ask for of the next groups while an element of these from number j on is worked on. Where a slice's own
+  // elements are neighbours, its group's memory in as many pieces.
+  DAAM_INLINE Field<const char> look_ahead(const char* next, const daam_strides& s, int64_t j) const {
+    const int64_t size = (int64_t)job.storage.size, apart = s.row == 1 ? lanes.distance(s) : 1;
+    return {next + j * N * apart * size, (s.row == 1 ? N * apart / x.n : s.row) * size, N * apart * size};
   }
   template <class S>
   static Field<const S> as_const(const Field<S>& f) {
@@ -199,13 +204,14 @@ class Columns {
   void* const scratch;
   int64_t head, first_row;
   Lanes lanes;
-  bool is_short, piecewise;  // piecewise: packed, where at all, a few groups at a time
+  bool is_short;  // packed, where at all, a few groups at a time
+  bool adjacent;  // as they lie
   int64_t first_packed;     // number of the group that is first in the tiles
   Tile<T> x{}, grad{}, weights{};
   typename Vector<T>::integer* valid = nullptr;
   Moments<T>* moments;
   V<T>* factors;
-  const char *next_x, *next_grad;
+  const char *next_x, *next_grad = nullptr;
   int count;
   Group<T> packed[kTogether];
 };

@@ -26,9 +26,12 @@ constexpr int64_t kMostTasks = 1024;
 constexpr int64_t kSerialNumbers = 32768;  // below that, threads cost more than they save
 constexpr int64_t kStreamedBytes = 16 << 20;  // results from that size on go past the caches
 
-// Slices shorter than that lie side by side even where R is contiguous.
+// Slices shorter than that lie side by side even where R is contiguous. Of several heads none is next to its next slice:
+// results go past the caches from rows alone.
 template <class T>
-constexpr int64_t kShortestRow = !kTransposes<T> ? 16 : DAAM_VECTOR_BYTES == 64 ? 33 : 25;
+constexpr int64_t shortest_row(int64_t heads) {
+  return !kHasFours<T> ? 16 : heads == 1 ? 97 : DAAM_VECTOR_BYTES == 64 ? 33 : 25;
+}
 
 template <class T>
 struct Job {

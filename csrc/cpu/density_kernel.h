@@ -93,13 +93,15 @@ int run_storage(
   job.chunk = p.length / p.num_heads;
   job.longest = p.length - (p.num_heads - 1) * job.chunk;
   job.stream = numbers * (int64_t)storage.size >= kStreamedBytes;
-  job.rows = p.out.row == 1 && (job.longest >= kShortestRow<T> || slices < N);
+  job.rows = p.out.row == 1 && (job.longest >= shortest_row<T>(p.num_heads) || slices < N);
   if (job.rows) {
     job.width = most(1, least(N, kRowNumbers / job.longest));
     job.units = divide_up(slices * p.num_heads, job.width);
   } else {
     const bool straight = p.inner >= N;
-    const int64_t fitting = most(kNarrowestTile, kTileNumbers / job.longest / 16 * 16);
+    // Where R is contiguous, one head's slices bring those of the others along.
+    const int64_t numbers_apart = p.out.row == 1 ? p.length : job.longest;
+    const int64_t fitting = most(kNarrowestTile, kTileNumbers / numbers_apart / 16 * 16);
     job.width = least(least(fitting, kWidestTile), divide_up(straight ? p.inner : slices, N) * N);
     job.span = straight ? p.inner : job.width;
     job.tiles = divide_up(job.span, job.width);

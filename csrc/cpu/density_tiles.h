@@ -2,6 +2,7 @@
 #pragma once
 
 #include "density_slices.h"
+#include "fours.h"
 #include "internal.h"
 
 namespace {
@@ -16,11 +17,13 @@ struct Lanes {
     if (inner == 1) return number * s.outer;
     return number / inner * s.outer + number % inner * s.inner;
   }
-  // Whether the slices are neighbours in memory too.
-  DAAM_INLINE bool adjacent(const daam_strides& s) const {
-    if (first % inner + count <= inner) return count == 1 || s.inner == 1;
-    return s.inner == 1 && s.outer == inner;
+  // Elements from each slice to the next, where that is the same for all; else 0.
+  DAAM_INLINE int64_t distance(const daam_strides& s) const {
+    if (inner == 1) return s.outer;
+    return first % inner + count <= inner || s.outer == inner * s.inner ? s.inner : 0;
   }
+  // Whether the slices are neighbours in memory too.
+  DAAM_INLINE bool adjacent(const daam_strides& s) const { return count == 1 || distance(s) == 1; }
 };
 
 // A tile in scratch memory: [groups][n][N], groups `group` numbers apart.
@@ -30,54 +33,66 @@ struct Tile {
   int64_t n, group;
 };
 
-// Groups of slices whose own elements are neighbours in memory, [N] slices at a time: body(group, at, count) of where the
-// first of each begins, and of how many there are.
-template <class T, class S, class Body>
-DAAM_INLINE void each_group_of_rows(S* from, const daam_strides& s, const Lanes& lanes, Body body) {
-  constexpr int N = Vector<T>::N;
-  for (int64_t first = 0; first < lanes.count; first += N) {
-    const int count = (int)(lanes.count - first < N ? lanes.count - first : N);
-    S* at[N];
-    for (int l = 0; l < count; l++) at[l] = from + lanes.offset(first + l, s);
-    body(first / N, at, count);
-  }
-}
-
-// Whether slices go to the lanes, and back, by whole vectors of their own elements. Of very short ones it is not worth it.
+// Whether slices go to the lanes, and back, by fours of their own elements; those that do not fill a group do not.
 template <class T>
-DAAM_INLINE bool transposes(const Tile<T>& tile, const daam_strides& s) {
-  return s.row == 1 && tile.n > 4;
+DAAM_INLINE bool by_fours(const Tile<T>& tile, const daam_strides& s, const Lanes& lanes) {
+  return kHasFours<T> && s.row == 1 && tile.n >= 4 && lanes.distance(s);
+}
+
+// body(r) of the first of every four elements; the last four may overlap those before.
+template <class Body>
+DAAM_INLINE void each_four(int64_t n, Body body) {
+  for (int64_t r = 0; r < n - 4; r += 4) body(r);
+  body(n - 4);
+}
+
+// distance: from each slice to the next.
+template <class T, class S>
+void pack_fours(const S* from, int64_t distance, int64_t groups, const Tile<T>& tile) {
+  constexpr int N = Vector<T>::N;
+  for (int64_t j = 0; j < groups; j++, from += N * distance)
+    each_four(tile.n, [&](int64_t r) __attribute__((always_inline)) {
+      V<T> v[4];
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; q++)
+        v[q] = load_fours(from, [&](int i) __attribute__((always_inline)) { return from + (4 * i + q) * distance + r; });
+      transpose_fours(v);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) store<T>(tile.at + j * tile.group + (r + i) * N, v[i]);
+    });
 }
 
 template <class T, class S>
-void pack_rows_as_columns(const S* from, const daam_strides& s, const Lanes& lanes, const Tile<T>& tile) {
+DAAM_INLINE void unpack_group_by_fours(const T* group, int64_t n, V<T> factor, S* to, int64_t distance) {
   constexpr int N = Vector<T>::N;
-  each_group_of_rows<T>(from, s, lanes, [&](int64_t j, const S* const* at, int count) __attribute__((always_inline)) {
-    for (int64_t r = 0; r < tile.n; r += N) {
-      const int64_t some = tile.n - r < N ? tile.n - r : N;
-      V<T> v[N];
-      for (int l = 0; l < N; l++)
-        v[l] = l >= count ? V<T>{} : some == N ? load_as(at[l] + r) : load_part<T>(at[l] + r, some);
-      transpose(v);
-      for (int i = 0; i < some; i++) store<T>(tile.at + j * tile.group + (r + i) * N, v[i]);
-    }
+  each_four(n, [&](int64_t r) __attribute__((always_inline)) {
+    V<T> v[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) v[i] = load(group + (r + i) * N) * factor;
+    transpose_fours(v);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; q++)
+      store_fours(to, v[q], [&](int i) __attribute__((always_inline)) { return to + (4 * i + q) * distance + r; });
   });
 }
 
 template <class T, class S>
-void unpack_rows_from_columns(
-    const Tile<T>& tile, const V<T>* factors, S* to, const daam_strides& s, const Lanes& lanes) {
+void unpack_fours(
+    const Tile<T>& tile, const V<T>* factors, S* to, int64_t distance, int64_t groups, bool stream) {
   constexpr int N = Vector<T>::N;
-  each_group_of_rows<T>(to, s, lanes, [&](int64_t j, S* const* at, int count) __attribute__((always_inline)) {
-    for (int64_t r = 0; r < tile.n; r += N) {
-      const int64_t some = tile.n - r < N ? tile.n - r : N;
-      V<T> v[N];
-      for (int i = 0; i < N; i++) v[i] = i < some ? load(tile.at + j * tile.group + (r + i) * N) : V<T>{};
-      for (int i = 0; factors && i < N; i++) v[i] *= factors[j];
-      transpose(v);
-      for (int l = 0; l < count; l++) some == N ? store_as<T>(at[l] + r, v[l]) : store_part<T>(at[l] + r, v[l], some);
-    }
-  });
+  constexpr int64_t longest = 96, together = 4;
+  const bool whole_lines = distance == tile.n && tile.n <= longest && (size_t)to % 64 == 0;
+  alignas(64) S lines[together * N * longest];  // past the caches neighbours go together
+  for (int64_t j = 0; j < groups; j += together) {
+    const int64_t some = groups - j < together ? groups - j : together, numbers = some * N * tile.n;
+    S* const there = to + j * N * distance;
+    S* const here = stream && whole_lines ? lines : there;
+    for (int64_t b = 0; b < some; b++)
+      unpack_group_by_fours<T>(
+          tile.at + (j + b) * tile.group, tile.n, factors ? factors[j + b] : splat<T>(1), here + b * N * distance,
+          distance);
+    if (here == lines) stream_bytes(there, lines, numbers * sizeof(S));
+  }
 }
 
 // x, grad: the tensor's base moved to the head's first row.
@@ -93,9 +108,10 @@ void pack_tile(const void* base, const daam_strides& s, const Lanes& lanes, cons
       for (int64_t l = whole * N; l < lanes.count; l++) tile.at[whole * tile.group + r * N + l % N] = number(row[l]);
     }
   } else {
-    if constexpr (kTransposes<T>)
-      if (transposes(tile, s)) return pack_rows_as_columns<T>(from, s, lanes, tile);
-    for (int64_t l = 0; l < lanes.count; l++) {
+    const bool fours = by_fours(tile, s, lanes);
+    if constexpr (kHasFours<T>)
+      if (fours) pack_fours(from + lanes.offset(0, s), lanes.distance(s), whole, tile);
+    for (int64_t l = fours ? whole * N : 0; l < lanes.count; l++) {
       const S* const column = from + lanes.offset(l, s);
       T* const to = tile.at + l / N * tile.group + l % N;
       for (int64_t r = 0; r < tile.n; r++) to[r * N] = number(column[r * s.row]);
@@ -153,9 +169,10 @@ void unpack_tile(
   S* const to = static_cast<S*>(base);
   const int64_t whole = lanes.count / N;
   if (!lanes.adjacent(s)) {
-    if constexpr (kTransposes<T>)
-      if (transposes(tile, s)) return unpack_rows_from_columns<T>(tile, factors, to, s, lanes);
-    for (int64_t l = 0; l < lanes.count; l++) {
+    const bool fours = by_fours(tile, s, lanes);
+    if constexpr (kHasFours<T>)
+      if (fours) unpack_fours(tile, factors, to + lanes.offset(0, s), lanes.distance(s), whole, stream);
+    for (int64_t l = fours ? whole * N : 0; l < lanes.count; l++) {
       S* const column = to + lanes.offset(l, s);
       const T* const from = tile.at + l / N * tile.group + l % N;
       const T factor = factors ? factors[l / N][l % N] : 1;

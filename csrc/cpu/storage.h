@@ -191,6 +191,18 @@ DAAM_INLINE void stream_as(S* at, V<T> v) {
   memcpy(at, &packed, sizeof packed);
 }
 
+// Bytes that fill vectors past the caches, from scratch memory that is aligned to them, as `to` is.
+DAAM_INLINE void stream_bytes(void* to, const void* from, size_t bytes) {
+#if DAAM_X86 && (DAAM_VECTOR_BYTES == 32 || DAAM_AVX512)
+  for (size_t i = 0; i < bytes; i += 32)
+    _mm256_stream_si256(
+        reinterpret_cast<__m256i*>(static_cast<char*>(to) + i),
+        _mm256_load_si256(reinterpret_cast<const __m256i*>(static_cast<const char*>(from) + i)));
+#else
+  memcpy(to, from, bytes);
+#endif
+}
+
 DAAM_INLINE void finish_streaming() {
 #if DAAM_X86
   _mm_sfence();

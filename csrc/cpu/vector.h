@@ -184,51 +184,6 @@ DAAM_INLINE int smallest_lane(Lanes v) {
   return lane;
 }
 
-// Rows become columns: lane j of v[i] and lane i of v[j] change places. Where that is faster than one number at a time.
-template <class T>
-constexpr bool kTransposes = sizeof(T) == 4 && DAAM_X86 && (DAAM_VECTOR_BYTES == 32 || DAAM_AVX512);
-#if DAAM_X86 && DAAM_VECTOR_BYTES == 32
-DAAM_INLINE void transpose(V<float> (&v)[8]) {
-  __m256 pairs[8], fours[8];  // of lanes with their neighbours, then with those two further on
-  for (int i = 0; i < 8; i += 2) {
-    pairs[i] = _mm256_unpacklo_ps((__m256)v[i], (__m256)v[i + 1]);
-    pairs[i + 1] = _mm256_unpackhi_ps((__m256)v[i], (__m256)v[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4)
-    for (int j = 0; j < 2; j++) {
-      fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
-      fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
-    }
-  for (int i = 0; i < 4; i++) {
-    v[i] = (V<float>)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
-    v[i + 4] = (V<float>)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
-  }
-}
-#elif DAAM_X86 && DAAM_VECTOR_BYTES == 64 && DAAM_AVX512
-DAAM_INLINE void transpose(V<float> (&v)[16]) {
-  __m512 pairs[16], fours[16];
-  for (int i = 0; i < 16; i += 2) {
-    pairs[i] = _mm512_unpacklo_ps((__m512)v[i], (__m512)v[i + 1]);
-    pairs[i + 1] = _mm512_unpackhi_ps((__m512)v[i], (__m512)v[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; j++) {
-      fours[i + 2 * j] = _mm512_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
-      fours[i + 2 * j + 1] = _mm512_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
-    }
-  for (int i = 0; i < 4; i++) {  // quarters: of rows i, i + 4, i + 8 and i + 12
-    const __m512 a = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0x88);
-    const __m512 b = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0xdd);
-    const __m512 c = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0x88);
-    const __m512 d = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0xdd);
-    v[i] = (V<float>)_mm512_shuffle_f32x4(a, c, 0x88);
-    v[i + 4] = (V<float>)_mm512_shuffle_f32x4(b, d, 0x88);
-    v[i + 8] = (V<float>)_mm512_shuffle_f32x4(a, c, 0xdd);
-    v[i + 12] = (V<float>)_mm512_shuffle_f32x4(b, d, 0xdd);
-  }
-}
-#endif
-
 DAAM_INLINE double sum_in_double(V<double> v) { return sum_of_lanes(v); }
 DAAM_INLINE double sum_in_double(V<float> v) {
   const Vector<float>::wide lanes = __builtin_convertvector(v, Vector<float>::wide);

@@ -174,6 +174,26 @@ def test_large_results_equal_small_ones(shape, axis, num_heads, dtype):
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [7, 8, 30, 96])
+def test_short_slices_have_the_same_bits_past_the_caches(length, dtype):
+    rng = generator()
+    copies = (17 << 20) // (length * torch.empty((), dtype=dtype).element_size()) + 1
+    x, grad = (torch.randn(copies, length, generator=rng).to(dtype) for _ in range(2))
+    parameters = gaussians(1, 3, rng, width=2.0, dtype=torch.promote_types(dtype, torch.float32))
+    large = evaluate("native", x, *parameters, grad, norm_axis=-1)
+    # Those that fill groups: what is left of them goes another way.
+    for rows in (slice(0, 128), slice(copies // 2 - 64, copies // 2)):
+        small = evaluate("native", x[rows], *parameters, grad[rows], norm_axis=-1)
+        for name, whole, part in zip(("y", "dx"), large, small):
+            assert_same_bits(whole[rows], part, name)
+    last = slice(copies - 70, copies)
+    expected = truth(x[last], *parameters, grad[last], norm_axis=-1)
+    for got, exact in zip(large[:2], expected):
+        assert_close(got[last], exact, {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 2e-2))
+
+
+@needs_library
 @pytest.mark.parametrize(
     "shape, dtype",
     [
@@ -199,11 +219,17 @@ def test_columns_of_which_some_lie_far_from_the_gaussians(shape, dtype):
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@pytest.mark.parametrize("length", [2, 4, 5, 7, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 40])
-def test_short_slices_of_neighbours_in_memory(length, masked, dtype):
-    """Heads of a few features: how they reach a vector's lanes depends on how long they are. The last one is longer."""
-    rng, num_heads, slices = generator(length), 3, 37
-    features = num_heads * length + 1
+@pytest.mark.parametrize(
+    "length, num_heads",
+    [  # of slices of two alone the gradient of c is 0
+        (2, 3),
+        *itertools.product([3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 40, 95, 96, 97], [1, 3]),
+    ],
+)
+def test_short_slices_of_neighbours_in_memory(length, num_heads, masked, dtype):
+    """A few features: how they reach a vector's lanes depends on how many there are. A last head has more."""
+    rng, slices = generator(length), 37
+    features = num_heads * length + num_heads // 2
     x, grad = (torch.randn(slices, features, generator=rng, dtype=torch.float64).to(dtype) for _ in range(2))
     parameters = gaussians(num_heads, 3, rng, width=2.0, dtype=torch.promote_types(dtype, torch.float32))
     options = dict(norm_axis=-1)
