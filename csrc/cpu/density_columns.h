@@ -181,11 +181,12 @@ class Columns {
     g.stream = in_place && job.stream && places % 64 == 0 && p.out.row % line == 0 && groups * N % line == 0;
     return g;
   }
-  // What to ask for of the next groups while an element of these from number j on is worked on. Where a slice's own
-  // elements are neighbours, its group's memory in as many pieces.
+  // What to ask for of the next groups while an element of these from number j on is worked on: that element of theirs;
+  // but of the memory of a group that is in one piece one part after the other.
   DAAM_INLINE Field<const char> look_ahead(const char* next, const daam_strides& s, int64_t j) const {
-    const int64_t size = (int64_t)job.storage.size, apart = s.row == 1 ? lanes.distance(s) : 1;
-    return {next + j * N * apart * size, (s.row == 1 ? N * apart / x.n : s.row) * size, N * apart * size};
+    const int64_t size = (int64_t)job.storage.size, same = lanes.distance(s), apart = same ? same : s.outer / lanes.inner;
+    const bool in_rows = same && s.row > same;
+    return {next + j * N * apart * size, (in_rows ? s.row : N * apart / x.n) * size, N * apart * size};
   }
   template <class S>
   static Field<const S> as_const(const Field<S>& f) {

@@ -101,7 +101,8 @@ int run_storage(
     const bool straight = p.inner >= N;
     // Where R is contiguous, one head's slices bring those of the others along.
     const int64_t numbers_apart = p.out.row == 1 ? p.length : job.longest;
-    const int64_t fitting = most(kNarrowestTile, kTileNumbers / numbers_apart / 16 * 16);
+    const int64_t narrowest = straight || p.out.row == 1 ? kNarrowestTile : N;
+    const int64_t fitting = most(narrowest, kTileNumbers / numbers_apart / 16 * 16);
     job.width = least(least(fitting, kWidestTile), divide_up(straight ? p.inner : slices, N) * N);
     job.span = straight ? p.inner : job.width;
     job.tiles = divide_up(job.span, job.width);

@@ -1,97 +1,19 @@
 // From tensors of any strides and type to groups that lie packed, and back.
 #pragma once
 
-#include "density_slices.h"
-#include "fours.h"
-#include "internal.h"
+#include "density_fours.h"
 
 namespace {
 
-// Neighbouring slices, counted through outer and inner, whose elements are the rows of a tile.
-struct Lanes {
-  int64_t first, count, inner;
-
-  // Elements from the first element of x to slice number `lane`, at R = 0.
-  DAAM_INLINE int64_t offset(int64_t lane, const daam_strides& s) const {
-    const int64_t number = first + lane;
-    if (inner == 1) return number * s.outer;
-    return number / inner * s.outer + number % inner * s.inner;
-  }
-  // Elements from each slice to the next, where that is the same for all; else 0.
-  DAAM_INLINE int64_t distance(const daam_strides& s) const {
-    if (inner == 1) return s.outer;
-    return first % inner + count <= inner || s.outer == inner * s.inner ? s.inner : 0;
-  }
-  // Whether the slices are neighbours in memory too.
-  DAAM_INLINE bool adjacent(const daam_strides& s) const { return count == 1 || distance(s) == 1; }
-};
-
-// A tile in scratch memory: [groups][n][N], groups `group` numbers apart.
-template <class T>
-struct Tile {
-  T* at;
-  int64_t n, group;
-};
-
-// Whether slices go to the lanes, and back, by fours of their own elements; those that do not fill a group do not.
-template <class T>
-DAAM_INLINE bool by_fours(const Tile<T>& tile, const daam_strides& s, const Lanes& lanes) {
-  return kHasFours<T> && s.row == 1 && tile.n >= 4 && lanes.distance(s);
-}
-
-// body(r) of the first of every four elements; the last four may overlap those before.
-template <class Body>
-DAAM_INLINE void each_four(int64_t n, Body body) {
-  for (int64_t r = 0; r < n - 4; r += 4) body(r);
-  body(n - 4);
-}
-
-// distance: from each slice to the next.
-template <class T, class S>
-void pack_fours(const S* from, int64_t distance, int64_t groups, const Tile<T>& tile) {
+// body(j, at, count) of groups of slices from number j on: where each begins, and how many there are.
+template <class T, class S, class Body>
+DAAM_INLINE void each_group_from(int64_t j, const Lanes& lanes, const daam_strides& s, S* base, Body body) {
   constexpr int N = Vector<T>::N;
-  for (int64_t j = 0; j < groups; j++, from += N * distance)
-    each_four(tile.n, [&](int64_t r) __attribute__((always_inline)) {
-      V<T> v[4];
-#pragma GCC unroll 4
-      for (int q = 0; q < 4; q++)
-        v[q] = load_fours(from, [&](int i) __attribute__((always_inline)) { return from + (4 * i + q) * distance + r; });
-      transpose_fours(v);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) store<T>(tile.at + j * tile.group + (r + i) * N, v[i]);
-    });
-}
-
-template <class T, class S>
-DAAM_INLINE void unpack_group_by_fours(const T* group, int64_t n, V<T> factor, S* to, int64_t distance) {
-  constexpr int N = Vector<T>::N;
-  each_four(n, [&](int64_t r) __attribute__((always_inline)) {
-    V<T> v[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) v[i] = load(group + (r + i) * N) * factor;
-    transpose_fours(v);
-#pragma GCC unroll 4
-    for (int q = 0; q < 4; q++)
-      store_fours(to, v[q], [&](int i) __attribute__((always_inline)) { return to + (4 * i + q) * distance + r; });
-  });
-}
-
-template <class T, class S>
-void unpack_fours(
-    const Tile<T>& tile, const V<T>* factors, S* to, int64_t distance, int64_t groups, bool stream) {
-  constexpr int N = Vector<T>::N;
-  constexpr int64_t longest = 96, together = 4;
-  const bool whole_lines = distance == tile.n && tile.n <= longest && (size_t)to % 64 == 0;
-  alignas(64) S lines[together * N * longest];  // past the caches neighbours go together
-  for (int64_t j = 0; j < groups; j += together) {
-    const int64_t some = groups - j < together ? groups - j : together, numbers = some * N * tile.n;
-    S* const there = to + j * N * distance;
-    S* const here = stream && whole_lines ? lines : there;
-    for (int64_t b = 0; b < some; b++)
-      unpack_group_by_fours<T>(
-          tile.at + (j + b) * tile.group, tile.n, factors ? factors[j + b] : splat<T>(1), here + b * N * distance,
-          distance);
-    if (here == lines) stream_bytes(there, lines, numbers * sizeof(S));
+  for (; j * N < lanes.count; j++) {
+    S* at[N];
+    const int count = (int)(lanes.count - j * N < N ? lanes.count - j * N : N);
+    for (int l = 0; l < count; l++) at[l] = base + lanes.offset(j * N + l, s);
+    body(j, at, count);
   }
 }
 
@@ -108,14 +30,12 @@ void pack_tile(const void* base, const daam_strides& s, const Lanes& lanes, cons
       for (int64_t l = whole * N; l < lanes.count; l++) tile.at[whole * tile.group + r * N + l % N] = number(row[l]);
     }
   } else {
-    const bool fours = by_fours(tile, s, lanes);
-    if constexpr (kHasFours<T>)
-      if (fours) pack_fours(from + lanes.offset(0, s), lanes.distance(s), whole, tile);
-    for (int64_t l = fours ? whole * N : 0; l < lanes.count; l++) {
-      const S* const column = from + lanes.offset(l, s);
-      T* const to = tile.at + l / N * tile.group + l % N;
-      for (int64_t r = 0; r < tile.n; r++) to[r * N] = number(column[r * s.row]);
-    }
+    const Fours way = way_by_fours<T>(tile.n, s, lanes);
+    if constexpr (kHasFours<T>) pack_by_fours(way, from, s, lanes, tile);
+    each_group_from<T>(way == Fours::kNone ? 0 : whole, lanes, s, from, [&](int64_t j, const S* const* at, int count) {
+      for (int64_t r = 0; r < tile.n; r++)
+        for (int l = 0; l < count; l++) tile.at[j * tile.group + r * N + l] = number(at[l][r * s.row]);
+    });
   }
   for (int64_t l = lanes.count; l < (lanes.count + N - 1) / N * N; l++)
     for (int64_t r = 0; r < tile.n; r++) tile.at[l / N * tile.group + r * N + l % N] = 0;
@@ -169,15 +89,15 @@ void unpack_tile(
   S* const to = static_cast<S*>(base);
   const int64_t whole = lanes.count / N;
   if (!lanes.adjacent(s)) {
-    const bool fours = by_fours(tile, s, lanes);
-    if constexpr (kHasFours<T>)
-      if (fours) unpack_fours(tile, factors, to + lanes.offset(0, s), lanes.distance(s), whole, stream);
-    for (int64_t l = fours ? whole * N : 0; l < lanes.count; l++) {
-      S* const column = to + lanes.offset(l, s);
-      const T* const from = tile.at + l / N * tile.group + l % N;
-      const T factor = factors ? factors[l / N][l % N] : 1;
-      for (int64_t r = 0; r < tile.n; r++) put(column + r * s.row, from[r * N] * factor);
-    }
+    const Fours way = way_by_fours<T>(tile.n, s, lanes);
+    if constexpr (kHasFours<T>) unpack_by_fours(way, tile, factors, to, s, lanes, stream);
+    each_group_from<T>(way == Fours::kNone ? 0 : whole, lanes, s, to, [&](int64_t j, S* const* at, int count) {
+      const V<T> factor = factors ? factors[j] : splat<T>(1);
+      for (int64_t r = 0; r < tile.n; r++) {
+        const V<T> v = load(tile.at + j * tile.group + r * N) * factor;
+        for (int l = 0; l < count; l++) put(at[l] + r * s.row, v[l]);
+      }
+    });
     return;
   }
   S* row = to + lanes.offset(0, s);
