@@ -5,6 +5,17 @@
 
 namespace {
 
+// body(l) of the first `count` lanes, all of them without a loop.
+template <int N, class Body>
+DAAM_INLINE void each_lane(int count, Body body) {
+  if (count == N) {
+#pragma GCC unroll 16
+    for (int l = 0; l < N; l++) body(l);
+  } else {
+    for (int l = 0; l < count; l++) body(l);
+  }
+}
+
 // body(j, at, count) of groups of slices from number j on: where each begins, and how many there are.
 template <class T, class S, class Body>
 DAAM_INLINE void each_group_from(int64_t j, const Lanes& lanes, const daam_strides& s, S* base, Body body) {
@@ -33,8 +44,9 @@ void pack_tile(const void* base, const daam_strides& s, const Lanes& lanes, cons
     const Fours way = way_by_fours<T>(tile.n, s, lanes);
     if constexpr (kHasFours<T>) pack_by_fours(way, from, s, lanes, tile);
     each_group_from<T>(way == Fours::kNone ? 0 : whole, lanes, s, from, [&](int64_t j, const S* const* at, int count) {
-      for (int64_t r = 0; r < tile.n; r++)
-        for (int l = 0; l < count; l++) tile.at[j * tile.group + r * N + l] = number(at[l][r * s.row]);
+      T* to = tile.at + j * tile.group;
+      for (int64_t r = 0; r < tile.n; r++, to += N)
+        each_lane<N>(count, [&](int l) __attribute__((always_inline)) { to[l] = number(at[l][r * s.row]); });
     });
   }
   for (int64_t l = lanes.count; l < (lanes.count + N - 1) / N * N; l++)
@@ -95,7 +107,9 @@ void unpack_tile(
       const V<T> factor = factors ? factors[j] : splat<T>(1);
       for (int64_t r = 0; r < tile.n; r++) {
         const V<T> v = load(tile.at + j * tile.group + r * N) * factor;
-        for (int l = 0; l < count; l++) put(at[l] + r * s.row, v[l]);
+        T some[N];
+        store<T>(some, v);
+        each_lane<N>(count, [&](int l) __attribute__((always_inline)) { put(at[l] + r * s.row, some[l]); });
       }
     });
     return;
