@@ -15,7 +15,7 @@ constexpr int64_t kManyRows = 32;
 constexpr int64_t kLongestColumn = 4096;
 constexpr int64_t kRowRun = 8192;  // elements that longer ones are cut into; columns at least that many
 constexpr int64_t kColumnRun = 512;
-constexpr int64_t kBatchNumbers = 1 << 21;  // elements of longer ones that are swept again while a shared cache has them
+constexpr int64_t kBatchNumbers = 1 << 22;  // elements of longer ones that all sweeps go through before the next
 constexpr int64_t kRowNumbers = 2048;      // elements of rows that are worked on together
 constexpr int64_t kTileNumbers = 16384;    // of x in a tile of columns
 constexpr int64_t kNarrowestTile = 64;     // slices: narrower pieces of memory are slow to come by
@@ -26,7 +26,7 @@ constexpr int64_t kMostTasks = 1024;
 constexpr int64_t kSerialNumbers = 32768;  // below that, threads cost more than they save
 constexpr int64_t kStreamedBytes = 16 << 20;  // results from that size on go past the caches
 
-// Slices shorter than that lie side by side even where R is contiguous. Of several heads none is next to its next slice:
+// Slices shorter than that lie side by side even where R is contiguous. Those of several heads are apart in memory: their
 // results go past the caches from rows alone.
 template <class T>
 constexpr int64_t shortest_row(int64_t heads) {

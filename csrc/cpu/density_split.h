@@ -72,7 +72,11 @@ class Split {
       });
     };
     const auto merge_units = [&](auto body) {
-      parallel(units * groups, [&](int64_t i) { body(first + i / groups, i % groups); });
+      const auto merge = [&](int64_t i) { body(first + i / groups, i % groups); };
+      if constexpr (L::kRows)  // sooner done than threads are woken
+        for (int64_t i = 0; i < units; i++) merge(i);
+      else
+        parallel(units * groups, merge);
     };
     sweep_runs(false, [&](const Group<T>& g, Found<T>& f, Known<T>&) { find_run_statistics(g, f); });
     merge_units([&](int64_t unit, int64_t j) { merge_statistics(unit, j); });

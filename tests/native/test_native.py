@@ -310,11 +310,11 @@ SPLITS = {
     "long columns": ((2, 700, 65), 1, 1),
     "a long row": ((1, 250_001), -1, 1),
     "long rows": ((2, 210_007), -1, 2),
-    "long rows in batches": ((31, 80_003), -1, 1),
+    "long rows in batches": ((29, 150_001), -1, 1),
     "many long rows": ((33, 20_003), -1, 1),
     "a long column": ((210_003, 1, 1), 0, 1),
     "few long columns": ((210_003, 3), 0, 1),
-    "long columns in batches": ((5003, 500), 0, 1),
+    "long columns in batches": ((5003, 1000), 0, 1),
     "long columns in two heads": ((410_003, 2), 0, 2),
 }
 
