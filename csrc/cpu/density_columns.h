@@ -184,7 +184,8 @@ class Columns {
   // What to ask for of the next groups while an element of these from number j on is worked on: that element of theirs;
   // but of the memory of a group that is in one piece one part after the other.
   DAAM_INLINE Field<const char> look_ahead(const char* next, const daam_strides& s, int64_t j) const {
-    const int64_t size = (int64_t)job.storage.size, same = lanes.distance(s), apart = same ? same : s.outer / lanes.inner;
+    const int64_t size = (int64_t)job.storage.size, same = lanes.distance(s);
+    const int64_t apart = same ? same : s.outer / lanes.inner;  // on average
     const bool in_rows = same && s.row > same;
     return {next + j * N * apart * size, (in_rows ? s.row : N * apart / x.n) * size, N * apart * size};
   }

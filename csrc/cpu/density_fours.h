@@ -34,7 +34,8 @@ void pack_along(const S* from, int64_t distance, int64_t groups, const Tile<T>& 
       V<T> v[4];
 #pragma GCC unroll 4
       for (int q = 0; q < 4; q++)
-        v[q] = load_fours(from, [&](int i) __attribute__((always_inline)) { return from + (4 * i + q) * distance + r; });
+        v[q] = load_fours(
+            from, [&](int i) __attribute__((always_inline)) { return from + (4 * i + q) * distance + r; });
       transpose_fours(v);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) store<T>(tile.at + j * tile.group + (r + i) * N, v[i]);
@@ -149,7 +150,8 @@ void unpack_pairs(const Tile<T>& tile, const V<T>* factors, S* base, const daam_
 }
 
 template <class T, class S>
-DAAM_INLINE void pack_by_fours(Fours way, const S* base, const daam_strides& s, const Lanes& lanes, const Tile<T>& tile) {
+DAAM_INLINE void pack_by_fours(
+    Fours way, const S* base, const daam_strides& s, const Lanes& lanes, const Tile<T>& tile) {
   if (way == Fours::kAlong)
     pack_along(base + lanes.offset(0, s), lanes.distance(s), lanes.count / Vector<T>::N, tile);
   else if (way == Fours::kAcross)

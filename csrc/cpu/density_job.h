@@ -26,8 +26,8 @@ constexpr int64_t kMostTasks = 1024;
 constexpr int64_t kSerialNumbers = 32768;  // below that, threads cost more than they save
 constexpr int64_t kStreamedBytes = 16 << 20;  // results from that size on go past the caches
 
-// Slices shorter than that lie side by side even where R is contiguous. Those of several heads are apart in memory: their
-// results go past the caches from rows alone.
+// Slices shorter than that lie side by side even where R is contiguous. Those of several heads are apart in memory, and
+// their results go past the caches from rows alone.
 template <class T>
 constexpr int64_t shortest_row(int64_t heads) {
   return !kHasFours<T> ? 16 : heads == 1 ? 97 : DAAM_VECTOR_BYTES == 64 ? 33 : 25;
