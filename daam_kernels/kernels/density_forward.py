@@ -30,9 +30,9 @@ from .density_math import (
     save_statistics,
     save_variance,
     standardise,
+    store_output,
     tile_statistics,
     value_at_peak,
-    weighted_output,
 )
 from .host import SIZES, arithmetic_type, device_of, prepare, run, viewable
 from .mixture_math import gate_density, mark_far, mixture_at_peak, mixture_over_peak
@@ -124,12 +124,7 @@ def forward_resident(
         weights = finish_weights(weights, scale, valid, count, EXCLUDE)
 
     at = tile_offsets(y_base, r, y_stride_r, COLUMNS, VEC)
-    y = weights
-    if MULTIPLY:
-        y = weighted_output(x, weights, valid, PADDED, RESIDUAL)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=within)
-    if weights_ptr is not None:
-        tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=within)
+    store_output(y_ptr, weights_ptr, at, x, weights, valid, within, MULTIPLY, PADDED, RESIDUAL)
 
 
 def density_forward(

@@ -27,8 +27,8 @@ from .density_math import (
     rescale,
     save_statistics,
     standardise,
+    store_output,
     value_at_peak,
-    weighted_output,
 )
 from .host import SIZES
 from .mixture_math import gate_density, mark_far, merge_mixture, mixture_at_peak, mixture_density, mixture_over_peak
@@ -242,9 +242,4 @@ def split_output(
         if NORMALISED:
             weights = finish_weights(densities, scale, valid, count, EXCLUDE)
         at = tile_offsets(y_base, r, y_stride_r, COLUMNS, VEC)
-        y = weights
-        if MULTIPLY:
-            y = weighted_output(x, weights, valid, PADDED, RESIDUAL)
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=within)
-        if weights_ptr is not None:
-            tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=within)
+        store_output(y_ptr, weights_ptr, at, x, weights, valid, within, MULTIPLY, PADDED, RESIDUAL)

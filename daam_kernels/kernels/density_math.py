@@ -242,6 +242,20 @@ def weighted_output(x, weights, valid, PADDED: tl.constexpr, RESIDUAL: tl.conste
 
 
 @triton.jit
+def store_output(
+    y_ptr, weights_ptr, at, x, weights, valid, within,
+    MULTIPLY: tl.constexpr, PADDED: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Writes y of a tile, without MULTIPLY the weights themselves, and these where asked for; ``at`` are offsets."""
+    y = weights
+    if MULTIPLY:
+        y = weighted_output(x, weights, valid, PADDED, RESIDUAL)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=within)
+    if weights_ptr is not None:
+        tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=within)
+
+
+@triton.jit
 def save_statistics(stats_ptr, x0, mean, var, number, num_slices, inside):
     """Rows of [3, slices]: x0, mean - x0, variance."""
     save_mean(stats_ptr, x0, mean, number, num_slices, inside)

@@ -24,10 +24,10 @@ from .density_math import (
     product_at_peak,
     relative_gradient,
     slice_gradient,
+    store_output,
     through_variance,
     value_at_peak,
     variance,
-    weighted_output,
 )
 from .tiles import first_of_run, load_slices, load_tile, tile_offsets
 
@@ -118,12 +118,7 @@ def sweep_output(
         densities = density(gap_from(x, x0, rate, domain, EXCLUDE), peak, domain)
         weights = finish_weights(densities, scale, valid, count, EXCLUDE)
         at = tile_offsets(y_base, r, y_stride_r, COLUMNS, VEC)
-        y = weights
-        if MULTIPLY:
-            y = weighted_output(x, weights, valid, PADDED, RESIDUAL)
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=within)
-        if weights_ptr is not None:
-            tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=within)
+        store_output(y_ptr, weights_ptr, at, x, weights, valid, within, MULTIPLY, PADDED, RESIDUAL)
 
 
 @triton.jit

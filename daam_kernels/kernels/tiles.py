@@ -160,8 +160,8 @@ def first_of_run(
             missing = missing & (present == 0)
             t += 1
     else:
-        at = base + tl.minimum(first, n - 1) * stride_r * (VEC if COLUMNS else 1)
-        found = tl.load(ptr + at, mask=inside, other=0.0).to(ACC)
+        at = base + first * stride_r * (VEC if COLUMNS else 1)
+        found = tl.load(ptr + at, mask=inside & (first < n), other=0.0).to(ACC)
     return found
 
 
