@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from support import (
     DTYPES,
     HALF_TYPES,
+    TOLERANCES,
     assert_close,
     assert_contract,
     assert_margins_intact,
@@ -189,8 +190,8 @@ def test_short_slices_have_the_same_bits_past_the_caches(length, dtype):
             assert_same_bits(whole[rows], part, name)
     last = slice(copies - 70, copies)
     expected = truth(x[last], *parameters, grad[last], norm_axis=-1)
-    for got, exact in zip(large[:2], expected):
-        assert_close(got[last], exact, {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 2e-2))
+    for got, exact, tolerance in zip(large[:2], expected, TOLERANCES[dtype]):
+        assert_close(got[last], exact, tolerance)
 
 
 @needs_library
