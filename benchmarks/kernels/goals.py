@@ -9,7 +9,7 @@ from typing import Callable, Iterator
 
 import torch
 
-from daam_kernels.kernels.launch import fits_block
+from daam_kernels.kernels.tiling import fits_block
 
 from ..report import Row
 from .bare import BARE

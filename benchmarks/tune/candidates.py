@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from daam_kernels.kernels.launch import Choice, Problem, fault, most_registers
+from daam_kernels.kernels.tiling import Choice, Problem, fault, most_registers
 
 # Powers of two that rows, slices and warps of a tile are multiplied by.
 _STEPS = (

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Callable
 
-from daam_kernels.kernels import launch, tuning
-from daam_kernels.kernels.launch import Choice, Problem
+from daam_kernels.kernels import tiling, tuning
+from daam_kernels.kernels.tiling import Choice, Problem
 
 from ..kernels.check import Truth, complaint, errors
 from ..kernels.clocks import rotation
@@ -70,7 +70,7 @@ def search(
     ``others`` are the choices for the other launches of the call.
     """
     trial = partial(_trial, case, contender, true, problem, others)
-    ladder = best = launch.ladder(problem, processors)
+    ladder = best = tiling.ladder(problem, processors)
     seen, rejected = {ladder: trial(ladder)}, []
     if isinstance(seen[ladder], str):
         raise RuntimeError(f"the ladder's own tile is wrong: {seen[ladder]}")

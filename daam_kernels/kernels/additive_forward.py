@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ..options import AdditiveProblem
 from .additive_host import HELD, SIZES, AdditiveSizes, prepare
-from .additive_launch import _power_of_two, forward_tile
+from .additive_launch import forward_tile
 from .additive_math import dropped, finite, masked, product, split_program, unmasked_scores
 from .additive_weights import write_weights
 from .host import device_of, run
 from .launch import Launch
+from .tiling import power_of_two
 from .remembered import remembered
 
 
@@ -136,7 +137,7 @@ def _launches(sizes: AdditiveSizes) -> tuple[Launch, Launch | None, int]:
         rows = sizes.slices * queries
         values = dict(
             rows=rows, value_dim=sizes.value_dim, num_splits=tile.num_splits, ACC=sizes.triton_arithmetic,
-            BLOCK_N=_power_of_two(tile.num_splits), BLOCK_V=tile.block_v,
+            BLOCK_N=power_of_two(tile.num_splits), BLOCK_V=tile.block_v,
         )  # fmt: skip
         merge = Launch(values, output.options, grid=(rows, value_blocks))
     return output, merge, tile.num_splits

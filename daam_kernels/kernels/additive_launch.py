@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .tiling import power_of_two
+
 _PROGRAMS = 528  # four for each of an H200's 132 processors
 _MOST_SPLITS = 128
 _MOST_VALUES = {4: 512, 8: 128}  # that a program sums up at a time, by the size of the arithmetic type
@@ -25,7 +27,7 @@ class AdditiveTile:
 
 def forward_tile(slices: int, queries: int, keys: int, value_dim: int, itemsize: int) -> AdditiveTile:
     """Of the forward; ``itemsize`` is that of the arithmetic type, ``slices`` batch times heads."""
-    block_v = max(16, min(_power_of_two(value_dim), _MOST_VALUES[itemsize]))
+    block_v = max(16, min(power_of_two(value_dim), _MOST_VALUES[itemsize]))
     if queries == 1:
         block_k = max(16, min(64, 8192 * 4 // itemsize // block_v))
         block_q, block_c, warps = 1, max(8, _DECODED // block_k), 8 if block_v > 128 else 4
@@ -46,7 +48,3 @@ def backward_tile(queries: int, itemsize: int) -> AdditiveTile:
     if queries == 1:
         return AdditiveTile(1, 64, 32 if itemsize == 4 else 16, 16, 4)
     return AdditiveTile(16 if queries <= 16 else block, block, 4 if itemsize == 8 else 8, 16, 4)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -31,7 +31,8 @@ from .attention_pool_layers import TYPES, precision_of, type_of_products
 from .attention_pool_sweeps import pool_gradient, pool_merge, pool_query_sums, pool_sums
 from .attention_pool_wide import pool_wide_sums
 from .attention_pool_wide_gradient import pool_wide_gradient, pool_wide_hidden_gradient
-from .launch import Launch, _power_of_two, launch_options
+from .tiling import power_of_two
+from .launch import Launch, launch_options
 from .remembered import remembered
 
 if TYPE_CHECKING:
@@ -135,8 +136,8 @@ def forward_sweeps(sizes: PoolSizes) -> tuple[Sweep, Sweep]:
     kernel, cut, blocks = _summing(*sizes.of_cut)
     programs = sizes.num_bags * cut.num_chunks * cut.hop_blocks
     sums = Sweep(kernel, _launch(kind, cut.vec, cut.num_warps, blocks), sizes.numbers(cut), (programs,))
-    columns = min(_MERGED_COLUMNS, _power_of_two(kind.embed_dim))
-    chunks = min(_MERGED_CHUNKS, _power_of_two(cut.num_chunks))
+    columns = min(_MERGED_COLUMNS, power_of_two(kind.embed_dim))
+    chunks = min(_MERGED_CHUNKS, power_of_two(cut.num_chunks))
     grid = sizes.num_bags * kind.hops, triton.cdiv(kind.embed_dim, columns)
     return sums, Sweep(pool_merge, _merge_launch(kind, chunks, columns), dict(num_chunks=cut.num_chunks), grid)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 
 from . import launch
+from .tiling import power_of_two
 
 PROGRAMS = 528  # that bags are cut for: four for each of an H200's 132 processors
 _ELEMENTS = 8192  # of a tile, of float32; a quarter of float64
@@ -39,7 +40,7 @@ _TILES = 4  # at least, that a chunk of a bag has
 class PoolLaunch:
     """How one sweep cuts bags: ``num_chunks`` of each bag, ``hop_blocks`` of ``block_h`` hops, ``column_blocks``.
 
-    ``vec`` divides embed_dim and the strides of x's other axes, as in ``launch.Tile``.
+    ``vec`` divides embed_dim and the strides of x's other axes, as in ``tiling.Tile``.
     """
 
     block_e: int
@@ -126,12 +127,12 @@ def hidden_launch(hidden: int, embed_dim: int, strides: tuple[int, ...], itemsiz
 
     Of all sizes tl.dot takes 16 at least.
     """
-    block_c = min(_MOST_UNITS[itemsize], max(_MULTIPLIED, launch._power_of_two(hidden)))
+    block_c = min(_MOST_UNITS[itemsize], max(_MULTIPLIED, power_of_two(hidden)))
     rows, columns = _HIDDEN_ROWS, _HIDDEN_COLUMNS
     # an NVIDIA GPU, or an address for every element, which takes registers
     if launch.LIMIT_REGISTERS or gcd(8, embed_dim, *strides) == 1:
         rows, columns = _NVIDIA_ROWS, _HIDDEN_COLUMNS if block_c <= _FEW_UNITS else _NVIDIA_COLUMNS
-    block_k = max(_MULTIPLIED, min(launch._power_of_two(embed_dim), 2 * columns // itemsize))
+    block_k = max(_MULTIPLIED, min(power_of_two(embed_dim), 2 * columns // itemsize))
     cached = max(_MULTIPLIED, 2 * _cached_rows(embed_dim, itemsize))  # one program's registers fill a processor
     return HiddenLaunch(min(rows, cached), block_c, block_k)
 
@@ -153,7 +154,7 @@ def hidden_pool_launch(
     ``itemsize``: of x; ``multiplied``: of what the layer is multiplied in.
     """
     tile = hidden_launch(hidden, embed_dim, strides, multiplied)
-    block_e, block_h = launch._power_of_two(embed_dim), launch._power_of_two(hops)
+    block_e, block_h = power_of_two(embed_dim), power_of_two(hops)
     most_rows = _elements(itemsize) // (block_h * block_e)
     if most_rows == 0 or block_h > _MOST_HOPS:
         return None
@@ -175,8 +176,8 @@ def wide_pool_launch(
     cached = _cached_rows(embed_dim, itemsize)
     tile = None if hidden is None else wide_hidden_launch(hidden, embed_dim, strides, multiplied)
     block_t = min(_WIDE_ROWS, cached) if tile is None else tile.block_t
-    block_s = max(block_t, min(cached, launch._power_of_two(max(1, longest))))
-    most, hops_to = _elements(itemsize), launch._power_of_two(hops)
+    block_s = max(block_t, min(cached, power_of_two(max(1, longest))))
+    most, hops_to = _elements(itemsize), power_of_two(hops)
     if block_t < _MULTIPLIED:
         block_h = min(hops_to, _MOST_HOPS)
         block_e = block_k = (most // 2 if gradient else most) // (block_h * block_t)
@@ -184,7 +185,7 @@ def wide_pool_launch(
         block_h = max(_MULTIPLIED, min(hops_to, _WIDE_HOPS))
         block_k = max(_MULTIPLIED, 2 * _NVIDIA_COLUMNS // itemsize) if tile is None else tile.block_k
         columns = _WIDE_COLUMNS if itemsize < 8 else _WIDE_COLUMNS // 2
-        block_e = max(_MULTIPLIED, min(launch._power_of_two(embed_dim), columns))
+        block_e = max(_MULTIPLIED, min(power_of_two(embed_dim), columns))
     hop_blocks = 1 if gradient else -(-hops // block_h)
     least = max(_TILES * block_t, block_s, _ROWS_PER_UNIT * hops)
     num_chunks = _chunks(num_bags * hop_blocks, longest, least)
@@ -199,14 +200,14 @@ def hidden_gradient_launch(
 
     On AMD's GPUs no layer is whole where rows are read number by number: an address for each leaves too few registers.
     """
-    tile, block_h = hidden_launch(hidden, embed_dim, strides, multiplied), launch._power_of_two(hops)
+    tile, block_h = hidden_launch(hidden, embed_dim, strides, multiplied), power_of_two(hops)
     vec = gcd(16 // itemsize, embed_dim, *strides)
     whole = tile.block_c >= hidden and block_h <= _MOST_HOPS and (vec > 1 or launch.LIMIT_REGISTERS)
     if not whole:
         tile = wide_hidden_launch(hidden, embed_dim, strides, multiplied)
         block_h = max(_MULTIPLIED, min(block_h, _WIDE_HOPS))
     columns = _elements(itemsize) // (_SUMMED_ROWS if vec > 1 and itemsize < 8 else 2 * _SUMMED_ROWS)
-    block_s = max(16, min(launch._power_of_two(embed_dim), columns))
+    block_s = max(16, min(power_of_two(embed_dim), columns))
     block_e = max(16, block_s * _SUMMED_ROWS // (2 * tile.block_t))
     block_u = min(tile.block_c, _SUMMED_UNITS)
     kept = layers * hidden + (0 if whole else hidden + hops)  # numbers in memory for a row
@@ -238,13 +239,13 @@ def pool_launch(
     ``strides``: of x, and of dx, but along embed_dim; ``itemsize``: of x, in bytes.
     """
     vec = gcd(16 // itemsize, embed_dim, *strides)
-    block_e, most = launch._power_of_two(embed_dim), _elements(itemsize)
+    block_e, most = power_of_two(embed_dim), _elements(itemsize)
     if block_e > most:
         block_e = most // _OF_LONG_ROWS
-    block_h = 1 if gradient else min(launch._power_of_two(hops), _MOST_HOPS, max(1, most // (2 * block_e)))
+    block_h = 1 if gradient else min(power_of_two(hops), _MOST_HOPS, max(1, most // (2 * block_e)))
     if gradient:
         most //= 2  # of which x and dx have one tile each
-    block_t = min(_MOST_ROWS, max(1, most // (block_h * block_e)), launch._power_of_two(max(1, longest)))
+    block_t = min(_MOST_ROWS, max(1, most // (block_h * block_e)), power_of_two(max(1, longest)))
     num_warps = min(_MOST_WARPS, max(1, block_t * block_e // (32 * (16 // itemsize))))
     hop_blocks = 1 if gradient else -(-hops // block_h)
     column_blocks = -(-embed_dim // block_e)

@@ -14,7 +14,8 @@ from ..options import DensityOptions
 from ..sequences import packing
 from ..slices import packed_view, slice_view, with_views
 from .direct import Given, Plan
-from .launch import PROCESSORS, DensityLaunch, Launch, density_launch
+from .launch import DensityLaunch, Launch, density_launch
+from .tiling import PROCESSORS
 from .remembered import remembered
 from .tuning import tuned_choices
 

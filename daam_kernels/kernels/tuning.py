@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..cache import cache_folder
-from .launch import Choice, Problem, fault
+from .tiling import Choice, Problem, fault
 
 SWITCH, FOLDER = "DAAM_KERNELS_TUNED", "DAAM_KERNELS_CACHE"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
-from ..kernels.launch import MOST_LAYERS, fits_block
+from ..kernels.tiling import MOST_LAYERS, fits_block
 from ..options import DensityOptions
 from . import density_attention, eager
 from .density_attention import _backward, _forward, _reference_backward, _reference_forward

@@ -14,7 +14,7 @@ from benchmarks.kernels.shapes import Shape
 from benchmarks.timing import Measurement
 from benchmarks.tune import search
 from benchmarks.tune.candidates import neighbours
-from daam_kernels.kernels import launch, tuning
+from daam_kernels.kernels import tiling, tuning
 
 interpreted = pytest.mark.skipif(
     not daam_kernels.available_backends()["triton"] or torch.cuda.is_available(), reason="needs Triton's interpreter"
@@ -33,15 +33,15 @@ def case():
 
 
 def test_candidates_are_one_step_away():
-    problem = launch.Problem("product", 8, 2048, 512, False, True, 4, 8, 4, True, False, 1, 0)
-    ladder = launch.ladder(problem)
+    problem = tiling.Problem("product", 8, 2048, 512, False, True, 4, 8, 4, True, False, 1, 0)
+    ladder = tiling.ladder(problem)
     found = neighbours(problem, ladder)
     assert len(found) == len(set(found)) >= 5 and ladder not in found
     for c in found:
-        assert not launch.fault(problem, c)
+        assert not tiling.fault(problem, c)
         for name in ("block_r", "block_s", "num_warps"):
             assert getattr(c, name) / getattr(ladder, name) in (0.5, 1, 2)
-        most = launch.most_registers(c.num_warps)
+        most = tiling.most_registers(c.num_warps)
         assert c.registers in (most, min(ladder.registers, most), ladder.registers // 2)
 
 
@@ -53,9 +53,9 @@ def test_the_fastest_is_found_and_faulty_ones_are_not_timed(monkeypatch, backwar
     contender, true = contenders(this)[FUSED](), truth(this)
     (problem,) = search.problems(this, contender, backward)
     assert problem.backward == backward and problem.length == 12
-    ladder = launch.ladder(problem)
+    ladder = tiling.ladder(problem)
     monkeypatch.setattr(
-        search, "neighbours", lambda problem, c: [launch.Choice(c.block_r, c.block_s, n, 64) for n in (1, 16)]
+        search, "neighbours", lambda problem, c: [tiling.Choice(c.block_r, c.block_s, n, 64) for n in (1, 16)]
     )
     complaint = search.complaint
 
@@ -71,7 +71,7 @@ def test_the_fastest_is_found_and_faulty_ones_are_not_timed(monkeypatch, backwar
     })  # fmt: skip
     *rounds, found = search.search(this, contender, true, problem, {}, 132, LIMITS)
     assert rounds == [None, None] and found.problem == problem and found.ladder == ladder
-    assert found.tuned == found.choice == launch.Choice(ladder.block_r, ladder.block_s, 1, 64)
+    assert found.tuned == found.choice == tiling.Choice(ladder.block_r, ladder.block_s, 1, 64)
     assert found.tried == 3 and [re.sub(r"^.*: ", "", why) for why in found.rejected] == ["error of y is 1"]
 
 
@@ -105,7 +105,7 @@ def test_a_dry_run_stores_what_it_found(monkeypatch, capsys):
     model = tuning.model_of(torch.device("cpu"))
     path = tuning.path_of(model)
     ((problem, choice),) = tuning.read(path, model).choices.items()
-    assert (problem.length, problem.inner, problem.backward) == (8, 32, False) and choice != launch.ladder(problem)
+    assert (problem.length, problem.inner, problem.backward) == (8, 32, False) and choice != tiling.ladder(problem)
     printed = capsys.readouterr().out
     assert f"kept in {path}" in printed and re.search(r"1x8x32:1:2 +float32 +forward .*block_r=", printed)
 

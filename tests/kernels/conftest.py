@@ -16,16 +16,16 @@ def looped_tiles(monkeypatch):
 
 
 def _small_tiles(monkeypatch, cached):
-    from daam_kernels.kernels import host, launch
+    from daam_kernels.kernels import host, tiling
     from daam_kernels.kernels.remembered import forget_launches
 
-    budget = launch.Budget(64, 64, 64, 64, split=64, split_forward=64, usual=64, merged=64)
-    monkeypatch.setattr(launch, "BUDGET", budget)
-    monkeypatch.setattr(launch, "_PROGRAMS_EACH", 8)
-    monkeypatch.setattr(launch, "_CACHED", cached)
-    monkeypatch.setattr(launch, "_LOOPED_BYTES", 1 << 20)  # a warp each
-    monkeypatch.setattr(launch, "_LOOPED_EACH", 1)
-    monkeypatch.setattr(launch, "_THREAD_ELEMENTS", 2)
+    budget = tiling.Budget(64, 64, 64, 64, split=64, split_forward=64, usual=64, merged=64)
+    monkeypatch.setattr(tiling, "BUDGET", budget)
+    monkeypatch.setattr(tiling, "_PROGRAMS_EACH", 8)
+    monkeypatch.setattr(tiling, "_CACHED", cached)
+    monkeypatch.setattr(tiling, "_LOOPED_BYTES", 1 << 20)  # a warp each
+    monkeypatch.setattr(tiling, "_LOOPED_EACH", 1)
+    monkeypatch.setattr(tiling, "_THREAD_ELEMENTS", 2)
     monkeypatch.setattr(host, "processors", lambda device: 1)
     forget_launches()
     yield

@@ -10,8 +10,9 @@ from benchmarks.tune.candidates import neighbours
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daam_kernels.kernels import launch
-from daam_kernels.kernels.launch import density_launch, density_tile, fits_block
+from daam_kernels.kernels import launch, tiling
+from daam_kernels.kernels.launch import density_launch
+from daam_kernels.kernels.tiling import density_tile, fits_block
 from daam_kernels.ops.density_attention import _MOST_RESIDENT
 from daam_kernels.slices import packed_view, slice_view
 
@@ -38,9 +39,9 @@ def test_tiles_cover_every_slice_and_fit(outer, heads, extra, inner, itemsize, b
     tile = density_tile(view, heads, itemsize, backward, padded)
     assert_covers(tile, view, heads, itemsize)
     if tile.num_chunks:
-        assert launch._power_of_two(tile.num_chunks) * tile.block_s <= 2 * launch.BUDGET.merged
+        assert tiling.power_of_two(tile.num_chunks) * tile.block_s <= 2 * tiling.BUDGET.merged
     elif tile.looped:
-        assert longest * tile.block_s * itemsize <= launch._CACHED
+        assert longest * tile.block_s * itemsize <= tiling._CACHED
     else:
         assert longest <= tile.block_r < 2 * longest
 
@@ -59,15 +60,15 @@ def test_every_choice_without_a_fault_covers_every_slice_and_fits(
 ):
     """Those that the tuner can come upon, starting from the ladder's."""
     view = view_of(outer, 2 * heads + extra, inner)
-    problem = launch.density_problem(view, heads, itemsize, backward)
-    choice = launch.ladder(problem)
-    assert not launch.fault(problem, choice)
+    problem = tiling.density_problem(view, heads, itemsize, backward)
+    choice = tiling.ladder(problem)
+    assert not tiling.fault(problem, choice)
     for step in steps:
         around = neighbours(problem, choice)
         assert choice not in around
         if around:
             choice = around[step % len(around)]
-            assert_covers(launch.cut(problem, choice), view, heads, itemsize)
+            assert_covers(tiling.cut(problem, choice), view, heads, itemsize)
 
 
 def assert_covers(tile, view, heads, itemsize):
@@ -103,8 +104,8 @@ def test_tiles_cover_packed_sequences_of_every_length(monkeypatch, layout, heads
     """Up to max_seqlen: that of 15 leaves the last of 8 heads 8 elements, that of 16 two."""
     features = 1 if layout == "one feature" else 36
     strides = (features, 1) if layout == "columns" else (1, 1000)
-    budget = launch.Budget(32, 256, 32, 256, split=32, split_forward=32, usual=32, merged=64)
-    monkeypatch.setattr(launch, "BUDGET", budget)
+    budget = tiling.Budget(32, 256, 32, 256, split=32, split_forward=32, usual=32, merged=64)
+    monkeypatch.setattr(tiling, "BUDGET", budget)
     seen = set()
     for max_seqlen in range(2 * heads, 90):
         view = packed_view(5, max_seqlen, features, strides, strides)
@@ -125,7 +126,7 @@ def test_tiles_cover_packed_sequences_of_every_length(monkeypatch, layout, heads
     chunk=st.integers(2, 1 << 15),
     inner=st.integers(1, 1 << 12),
     unit=st.sampled_from(["r", "i", "none"]),
-    layers=st.integers(2, launch.MOST_LAYERS),
+    layers=st.integers(2, tiling.MOST_LAYERS),
     itemsize=st.sampled_from([2, 4, 8]),
     backward=st.booleans(),
     padded=st.booleans(),
@@ -163,7 +164,7 @@ def test_blocks_whose_slices_fit(backward):
         assert fits_block(rows, 1, layers, 4, backward, False, False)
         assert not fits_block(rows + 1, 1, layers, 4, backward, False, False)
     assert fits_block(8 * 64, 8, 6, 2, backward, True, False)
-    assert not fits_block(8 * 2, 8, launch.MOST_LAYERS + 1, 4, backward, False, False)
+    assert not fits_block(8 * 2, 8, tiling.MOST_LAYERS + 1, 4, backward, False, False)
     assert not fits_block(8 * 2, 8, 4, 4, backward, True, True)
 
 
@@ -256,8 +257,8 @@ def tiles_of(shape, itemsize, processors):
             view = slice_view(shape.dims, shape.norm_axis % x.dim(), *layouts)
         mixed = (shape.num_gaussians or 4) if shape.operator == "mixture" else 0
         density = "mixture" if mixed else "product"
-        problem = launch.density_problem(view, shape.num_heads, itemsize, backward, False, 1, mixed, density)
-        yield problem, launch.cut(problem, launch.ladder(problem, processors), processors)
+        problem = tiling.density_problem(view, shape.num_heads, itemsize, backward, False, 1, mixed, density)
+        yield problem, tiling.cut(problem, tiling.ladder(problem, processors), processors)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
@@ -282,13 +283,13 @@ def test_the_ladder_is_sensible_for_the_shapes_that_count(name, architecture, it
         assert registers + 40 <= tile.registers <= 65536 // threads
         assert tile.vec == gcd(16 // itemsize, problem.inner if tile.columns else problem.chunk)
         if tile.columns:  # bytes beside each other that a warp reads of a row
-            narrowest = 64 if tile.block_r * 128 // itemsize > launch.BUDGET.forward_columns // 4 else 128
+            narrowest = 64 if tile.block_r * 128 // itemsize > tiling.BUDGET.forward_columns // 4 else 128
             assert tile.block_s * itemsize >= min(narrowest, problem.inner * itemsize)
         else:
             assert tile.block_r * itemsize >= min(512, problem.longest * itemsize)
         programs = tile.num_blocks * problem.num_heads * max(1, tile.num_chunks)
         numel = problem.outer * problem.length * problem.inner
-        few = numel <= processors * launch.BUDGET.usual // words**2  # not even a tile for each processor
+        few = numel <= processors * tiling.BUDGET.usual // words**2  # not even a tile for each processor
         assert programs >= 0.9 * processors or few
 
 

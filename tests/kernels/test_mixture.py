@@ -12,7 +12,7 @@ from support import DTYPES, assert_close, assert_same_bits, device_of
 if not daam_kernels.available_backends()["triton"]:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from daam_kernels.kernels import density_backward, density_forward, launch  # noqa: E402
+from daam_kernels.kernels import density_backward, density_forward, tiling  # noqa: E402
 
 DEVICE = device_of("triton")
 FORWARD = ["split_statistics", "split_normaliser", "split_output"]
@@ -133,7 +133,7 @@ def test_slices_far_from_all_gaussians(small_tiles, shape):
 def test_split_slices_whose_densities_underflow(small_tiles, launched, monkeypatch, padding_stats, forward):
     """One head's are e^-800 and less, the other's are not; and a whole run of one slice is padding."""
     if forward == "resident":
-        monkeypatch.setattr(launch, "BUDGET", replace(launch.BUDGET, forward_rows=1024))
+        monkeypatch.setattr(tiling, "BUDGET", replace(tiling.BUDGET, forward_rows=1024))
     x, grad, (mean_offsets, c, weights) = inputs((2, 300), 2, torch.float64)
     mean_offsets[0] += 80
     mask = torch.ones_like(x, dtype=torch.bool)

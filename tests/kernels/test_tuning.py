@@ -10,7 +10,7 @@ import pytest
 import torch
 from daam_kernels import env
 from daam_kernels.kernels import tuning
-from daam_kernels.kernels.launch import Choice, cut, density_problem, fault, ladder
+from daam_kernels.kernels.tiling import Choice, cut, density_problem, fault, ladder
 from daam_kernels.slices import SliceView
 from support import assert_contract, evaluate, gaussians, generator, truth
 

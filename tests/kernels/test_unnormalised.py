@@ -11,7 +11,7 @@ from unnormalised import DENSITIES, columns, evaluate, gaussians, truth
 if not daam_kernels.available_backends()["triton"]:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from daam_kernels.kernels import launch  # noqa: E402
+from daam_kernels.kernels import tiling  # noqa: E402
 
 DEVICE = device_of("triton")
 FORWARD = ["split_statistics", "split_output"]
@@ -66,7 +66,7 @@ def test_the_backward_finds_what_no_forward_pass_saved(small_tiles, launched, de
 
 
 def test_slices_that_one_block_holds_in_the_forward_pass_alone(small_tiles, monkeypatch, launched, density):
-    monkeypatch.setattr(launch, "BUDGET", dataclasses.replace(launch.BUDGET, forward_columns=4096))
+    monkeypatch.setattr(tiling, "BUDGET", dataclasses.replace(tiling.BUDGET, forward_columns=4096))
     x, grad, parameters = inputs(density, (130, 8), 0, 1, torch.float32, mean=3.0)
     check(x, grad, parameters, norm_axis=0, residual=True, density=density)
     assert launched == ["forward_resident", *BACKWARD, *LAST[density]]
