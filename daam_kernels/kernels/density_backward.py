@@ -27,6 +27,7 @@ from .density_looped import backward_looped
 from .density_math import (
     LN_2,
     count_elements,
+    distance_to,
     find_peak,
     from_mean,
     from_statistics,
@@ -41,6 +42,7 @@ from .density_math import (
     standardise,
     through_variance,
     tile_statistics,
+    unless_clamped,
 )
 from .density_parameters import parameter_gradients, save_partials
 from .host import SIZES, arithmetic_type, device_of, prepare, run
@@ -67,9 +69,10 @@ def resident_gradient(
     if PADDED:
         g_valid = tl.where(valid, g, 0.0)
     # g0 is the weighted mean of g, so what q holds of x0 is what g varies by.
-    q = relative_gradient(g_valid, gap, x0, var * (rstd * (1.0 / slope)), tl.sum(weights * g_valid, axis=0))
-    q_mean = tl.sum(weights * q, axis=0)
-    p = slice_gradient(q, q_mean, g_valid, x, weights, domain, count, clamped, CLAMP, PADDED, EXCLUDE)
+    g0 = unless_clamped(tl.sum(weights * g_valid, axis=0), clamped, CLAMP)
+    q = relative_gradient(g_valid, distance_to(x, x0, valid, EXCLUDE), x0, g0, tl.zeros_like(x0))
+    q -= unless_clamped(tl.sum(weights * q, axis=0), clamped, CLAMP)[None, :]
+    p = slice_gradient(q, weights, domain, count, PADDED, EXCLUDE)
     u1_gap = tl.sum(p * gap, axis=0)
     u2_gap = tl.sum(p * gap * gap, axis=0)
     t0 = tl.zeros_like(u1_gap)
@@ -83,9 +86,8 @@ def resident_gradient(
         pz -= (tl.sum(tl.where(domain, pz, 0.0), axis=0) / members)[None, :]
     through_var = through_variance(t0, u2, rstd, count, slope, spread)
     rate = rstd * slope
-    standard = gap + (peak + center * rate)[None, :]
-    through_z = rate * (2.0 * LN_2)
-    dx = input_gradient(g, weights, standard, through_var, pz, mean_pz, through_z, valid, PADDED, RESIDUAL)
+    through = through_var[None, :] * gap + (through_var * (peak + center * rate))[None, :]
+    dx = input_gradient(g, weights, through, pz, mean_pz, rate * (2.0 * LN_2), valid, PADDED, RESIDUAL)
     return dx, t0, u1, u2
 
 
@@ -183,7 +185,7 @@ def density_backward(
         if not launch.tile.num_chunks:
             run(backward_looped if launch.tile.looped else backward_resident, launch, pointers)
         else:
-            pointers["sums_ptr"] = partials.new_empty((10, launch.tile.num_chunks, launch.num_slices))
+            pointers["sums_ptr"] = partials.new_empty((8, launch.tile.num_chunks, launch.num_slices))
             run(split_sums, launch, pointers)
             run(split_gradient, launch, pointers)
         run(parameter_gradients, launch.parameters, pointers, grid=(heads,))

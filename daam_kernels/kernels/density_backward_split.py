@@ -33,7 +33,7 @@ def split_sums(
     EPS: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Reads x and g; writes what ``merge_sums`` needs of each run: 10 numbers, [10, chunks, slices]."""
+    """Reads x and g; writes what ``merge_sums`` needs of each run: 8 numbers, [8, chunks, slices]."""
     head, _block, start, n, o, i, inside = program_slices(
         cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
     )
@@ -48,7 +48,7 @@ def split_sums(
     rate = reciprocal_sqrt(var) * slope
     peak = -(mean + center) * rate
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
-    count, g0, s0, s1, s2, s3, h0, h1, h2, h3 = sweep_sums(
+    count, g0, s0, s1, s2, q0, q1, q2 = sweep_sums(
         x_ptr, x_base, x_stride_r, g_ptr, g_base, g_stride_r, mask_ptr, mask_base, mask_stride_r,
         first, tiles, n, inside, x0, rate, peak,
         PADDING, HAS_MASK, PADDED, EXCLUDE, COLUMNS, VEC, WHOLE, ACC, BLOCK_R, BLOCK_S,
@@ -60,35 +60,32 @@ def split_sums(
     tl.store(at + 2 * field, s0, mask=inside)
     tl.store(at + 3 * field, s1, mask=inside)
     tl.store(at + 4 * field, s2, mask=inside)
-    tl.store(at + 5 * field, s3, mask=inside)
-    tl.store(at + 6 * field, h0, mask=inside)
-    tl.store(at + 7 * field, h1, mask=inside)
-    tl.store(at + 8 * field, h2, mask=inside)
-    tl.store(at + 9 * field, h3, mask=inside)
+    tl.store(at + 5 * field, q0, mask=inside)
+    tl.store(at + 6 * field, q1, mask=inside)
+    tl.store(at + 7 * field, q2, mask=inside)
 
 
 @triton.jit
-def merge_moments(sums_ptr, power, shift, there, at, field):
-    """Sums over a slice of m gap^power and of m h gap^power, from its runs', whose g0 is off by ``shift``."""
+def merge_moments(sums_ptr, power, step, there, at, field):
+    """Sums over a slice of m gap^power and of m q gap^power, from its runs', whose q are off by ``step``."""
     s = tl.load(sums_ptr + (2 + power) * field + at, mask=there, other=0.0)
-    h = tl.load(sums_ptr + (6 + power) * field + at, mask=there, other=0.0)
-    return tl.sum(s, axis=0), tl.sum(h + s * shift, axis=0)
+    q = tl.load(sums_ptr + (5 + power) * field + at, mask=there, other=0.0)
+    return tl.sum(s, axis=0), tl.sum(q + s * step, axis=0)
 
 
 @triton.jit
-def merge_sums(sums_ptr, number, num_slices, num_chunks, inside, BLOCK_C: tl.constexpr):
+def merge_sums(sums_ptr, number, num_slices, num_chunks, inside, x0, BLOCK_C: tl.constexpr):
     """What ``sweep_sums`` returns, of whole slices from that of their runs."""
     at, there = partial_offsets(number, num_slices, num_chunks, inside, BLOCK_C)
     field = num_slices * num_chunks
     count = tl.sum(tl.load(sums_ptr + at, mask=there, other=0.0), axis=0)
     g0s = tl.load(sums_ptr + field + at, mask=there, other=0.0)
     g0 = pick_first(g0s, g0s != 0.0, BLOCK_C)
-    shift = g0s - g0[None, :]
-    s0, h0 = merge_moments(sums_ptr, 0, shift, there, at, field)
-    s1, h1 = merge_moments(sums_ptr, 1, shift, there, at, field)
-    s2, h2 = merge_moments(sums_ptr, 2, shift, there, at, field)
-    s3, h3 = merge_moments(sums_ptr, 3, shift, there, at, field)
-    return count, g0, s0, s1, s2, s3, h0, h1, h2, h3
+    step = (g0s - g0[None, :]) * x0[None, :]
+    s0, q0 = merge_moments(sums_ptr, 0, step, there, at, field)
+    s1, q1 = merge_moments(sums_ptr, 1, step, there, at, field)
+    s2, q2 = merge_moments(sums_ptr, 2, step, there, at, field)
+    return count, g0, s0, s1, s2, q0, q1, q2
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -117,15 +114,15 @@ def split_gradient(
     x0, mean, var = load_statistics(stats_ptr, number, slices, inside)
     rstd = reciprocal_sqrt(var)
     peak = -(mean + center) * rstd * slope
-    count, g0, s0, s1, s2, s3, h0, h1, h2, h3 = merge_sums(sums_ptr, number, slices, num_chunks, inside, BLOCK_C)
-    scale, clamped, q_mean, t0, u1, u2 = finish_sums(
-        count, g0, s0, s1, s2, s3, h0, h1, h2, h3, x0, peak, var, rstd, slope, spread, level, CLAMP, EXCLUDE
+    count, g0, s0, s1, s2, q0, q1, q2 = merge_sums(sums_ptr, number, slices, num_chunks, inside, x0, BLOCK_C)
+    scale, g0, q_mean, t0, u1, u2 = finish_sums(
+        count, g0, s0, s1, s2, q0, q1, q2, x0, peak, rstd, spread, level, CLAMP, EXCLUDE
     )
     if tl.program_id(1) == 0:
         save_partials(partials_ptr, head, block, num_partials, t0, u1, u2, rstd, inside)
     sweep_gradient(
         x_ptr, x_base, x_stride_r, g_ptr, g_base, g_stride_r, dx_ptr, dx_base, dx_stride_r,
         mask_ptr, mask_base, mask_stride_r, tl.program_id(1).to(tl.int64) * tiles * BLOCK_R, tiles, n, inside,
-        count, g0, scale, clamped, q_mean, t0, u1, u2, x0, peak, var, rstd, slope, center, spread,
-        PADDING, HAS_MASK, PADDED, EXCLUDE, CLAMP, RESIDUAL, COLUMNS, VEC, WHOLE, ACC, BLOCK_R,
+        count, g0, scale, q_mean, t0, u1, u2, x0, peak, rstd, slope, center, spread,
+        PADDING, HAS_MASK, PADDED, EXCLUDE, RESIDUAL, COLUMNS, VEC, WHOLE, ACC, BLOCK_R,
     )  # fmt: skip

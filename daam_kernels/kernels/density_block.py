@@ -207,7 +207,7 @@ def block_forward(
     options: DensityOptions,
     y: Tensor,
 ) -> None:
-    """Fill y, dense, from x, whose slices fit (``launch.fits_block``)."""
+    """Fill y, dense, from x, whose slices fit (``tiling.fits_block``)."""
     if x.numel() == 0:
         return
     launch, (x,), mask = prepare(x, mean_offsets, mask, None, options, ("y", "x"), y)
@@ -227,7 +227,7 @@ def block_backward(
     mask: Tensor | None,
     options: DensityOptions,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """(dx, dmean_offsets of every layer, dc of every layer), for x whose slices fit (``launch.fits_block``)."""
+    """(dx, dmean_offsets of every layer, dc of every layer), for x whose slices fit (``tiling.fits_block``)."""
     mean_offsets, c = (tuple(t.contiguous() for t in layers) for layers in (mean_offsets, c))
     dx = torch.empty_like(x)
     d_mean_offsets, d_c = (tuple(torch.empty_like(t) for t in layers) for layers in (mean_offsets, c))

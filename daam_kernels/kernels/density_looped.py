@@ -108,18 +108,18 @@ def backward_looped(
     rstd = reciprocal_sqrt(var)
     rate = rstd * slope
     peak = -(mean + center) * rate
-    count, g0, s0, s1, s2, s3, h0, h1, h2, h3 = sweep_sums(
+    count, g0, s0, s1, s2, q0, q1, q2 = sweep_sums(
         x_ptr, x_base, x_stride_r, g_ptr, g_base, g_stride_r, mask_ptr, mask_base, mask_stride_r,
         0, tiles, n, inside, x0, rate, peak,
         PADDING, HAS_MASK, PADDED, EXCLUDE, COLUMNS, VEC, WHOLE, ACC, BLOCK_R, BLOCK_S,
     )  # fmt: skip
-    scale, clamped, q_mean, t0, u1, u2 = finish_sums(
-        count, g0, s0, s1, s2, s3, h0, h1, h2, h3, x0, peak, var, rstd, slope, spread, level, CLAMP, EXCLUDE
+    scale, g0, q_mean, t0, u1, u2 = finish_sums(
+        count, g0, s0, s1, s2, q0, q1, q2, x0, peak, rstd, spread, level, CLAMP, EXCLUDE
     )
     save_partials(partials_ptr, head, block, num_partials, t0, u1, u2, rstd, inside)
     sweep_gradient(
         x_ptr, x_base, x_stride_r, g_ptr, g_base, g_stride_r, dx_ptr, dx_base, dx_stride_r,
         mask_ptr, mask_base, mask_stride_r, 0, tiles, n, inside,
-        count, g0, scale, clamped, q_mean, t0, u1, u2, x0, peak, var, rstd, slope, center, spread,
-        PADDING, HAS_MASK, PADDED, EXCLUDE, CLAMP, RESIDUAL, COLUMNS, VEC, WHOLE, ACC, BLOCK_R,
+        count, g0, scale, q_mean, t0, u1, u2, x0, peak, rstd, slope, center, spread,
+        PADDING, HAS_MASK, PADDED, EXCLUDE, RESIDUAL, COLUMNS, VEC, WHOLE, ACC, BLOCK_R,
     )  # fmt: skip

@@ -167,12 +167,12 @@ def nearer_of(e, x, nearest, x_nearest, domain):
 
 
 @triton.jit
-def gap_from(x, x0, rate, valid, EXCLUDE: tl.constexpr):
-    """z - peak of a tile, where x0 is x at the peak; 0 at padding that has no weight, whatever lies there."""
-    gap = (x - x0[None, :]) * rate[None, :]
+def distance_to(x, x0, valid, EXCLUDE: tl.constexpr):
+    """x - x0 of a tile; 0 at padding that has no weight, whatever lies there."""
+    distance = x - x0[None, :]
     if EXCLUDE:
-        gap = tl.where(valid, gap, 0.0)
-    return gap
+        distance = tl.where(valid, distance, 0.0)
+    return distance
 
 
 @triton.jit
@@ -358,20 +358,22 @@ def merge_normaliser(partials_ptr, number, num_slices, num_chunks, inside, BLOCK
 
 
 @triton.jit
-def relative_gradient(g_valid, gap, x0, deviation, g0):
-    """q = x0 (g - g0) + g (x - x0) of a tile; deviation is sqrt(var) / slope."""
-    return (g_valid - g0[None, :]) * x0[None, :] + g_valid * gap * deviation[None, :]
+def relative_gradient(g_valid, from_x0, x0, g0, q_mean):
+    """q - q_mean of a tile, q = x0 (g - g0) + g (x - x0); that is g x where ``g0`` and ``q_mean`` are 0."""
+    return (g_valid - g0[None, :]) * x0[None, :] + (g_valid * from_x0 - q_mean[None, :])
 
 
 @triton.jit
-def slice_gradient(
-    q, q_mean, g_valid, x, weights, domain, count, clamped,
-    CLAMP: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-):  # fmt: skip
-    """p of a tile; ``q_mean`` is the weighted mean of q."""
-    q -= q_mean[None, :]
+def unless_clamped(value, clamped, CLAMP: tl.constexpr):
+    """What gradients of weights are relative to; 0 where the slice's sum is below eps, which no weight then changes."""
     if CLAMP:
-        q = tl.where(clamped[None, :], g_valid * x, q)
+        value = tl.where(clamped, 0.0, value)
+    return value
+
+
+@triton.jit
+def slice_gradient(q, weights, domain, count, PADDED: tl.constexpr, EXCLUDE: tl.constexpr):
+    """p of a tile; q is relative to its weighted mean."""
     p = weights * q
     if PADDED:
         p = tl.where(domain, p, 0.0)
@@ -394,15 +396,14 @@ def through_variance(t0, u2, rstd, count, slope, spread):
 
 @triton.jit
 def input_gradient(
-    g, weights, standard, through_var, through_z, through_z_mean, slope, valid,
-    PADDED: tl.constexpr, RESIDUAL: tl.constexpr,
-):  # fmt: skip
+    g, weights, through_var, through_z, through_z_mean, slope, valid, PADDED: tl.constexpr, RESIDUAL: tl.constexpr
+):
     """dx of a tile: through x itself, through the slice's variance, through z and through the slice's mean.
 
-    ``through_var`` is over ``standard``, a multiple of x - mean. The last two are -p z and its mean, times ``slope``.
-    They nearly cancel where most of a slice is one value, so ``through_z`` comes without its mean where valid.
+    The last two are -p z and its mean, times ``slope``. They nearly cancel where most of a slice is one value, so
+    ``through_z`` comes without its mean where valid.
     """
-    dx = g * weights + through_var[None, :] * standard
+    dx = g * weights + through_var
     if PADDED:
         dx = tl.where(valid, dx, g)
         through_z = tl.where(valid, through_z, through_z + through_z_mean[None, :])

@@ -13,10 +13,10 @@ from .density_math import (
     counted_members,
     counted_values,
     density,
+    distance_to,
     find_peak,
     finish_weights,
     from_mean,
-    gap_from,
     input_gradient,
     inverse_of,
     nearer_of,
@@ -26,6 +26,7 @@ from .density_math import (
     slice_gradient,
     store_output,
     through_variance,
+    unless_clamped,
     value_at_peak,
     variance,
 )
@@ -95,7 +96,7 @@ def sweep_densities(
             x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, t * BLOCK_R + rows, n, inside,
             PADDING, HAS_MASK, EXCLUDE, EXCLUDE, COLUMNS, VEC, WHOLE, ACC,
         )  # fmt: skip
-        sums += density(gap_from(x, x0, rate, domain, EXCLUDE), peak, domain)
+        sums += density(distance_to(x, x0, domain, EXCLUDE) * rate[None, :], peak, domain)
     return tl.sum(sums, axis=0)
 
 
@@ -115,7 +116,7 @@ def sweep_output(
             x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, r, n, inside,
             PADDING, HAS_MASK, PADDED, EXCLUDE, COLUMNS, VEC, WHOLE, ACC,
         )  # fmt: skip
-        densities = density(gap_from(x, x0, rate, domain, EXCLUDE), peak, domain)
+        densities = density(distance_to(x, x0, domain, EXCLUDE) * rate[None, :], peak, domain)
         weights = finish_weights(densities, scale, valid, count, EXCLUDE)
         at = tile_offsets(y_base, r, y_stride_r, COLUMNS, VEC)
         store_output(y_ptr, weights_ptr, at, x, weights, valid, within, MULTIPLY, PADDED, RESIDUAL)
@@ -129,10 +130,10 @@ def sweep_sums(
     COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Of ``tiles`` tiles from row ``first`` on: (elements counted, g0, sums of m gap^k, sums of m h gap^k; k = 0 to 3).
+    """Of ``tiles`` tiles from row ``first`` on: (elements counted, g0, sums of m gap^k, sums of m q gap^k; k = 0 to 2).
 
-    m is the density over the slice's largest, h = g - g0, and g0 the first valid g. A thread adds up its own elements,
-    and what it has is exchanged once.
+    m is the density over the slice's largest, q = x0 (g - g0) + g (x - x0), and g0 the first valid g. A thread adds up
+    its own elements, and what it has is exchanged once.
     """
     g0 = first_of_run(
         g_ptr, g_base, g_stride_r, x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, first, tiles,
@@ -142,11 +143,9 @@ def sweep_sums(
     s0 = tl.zeros([BLOCK_R, BLOCK_S], ACC)
     s1 = tl.zeros([BLOCK_R, BLOCK_S], ACC)
     s2 = tl.zeros([BLOCK_R, BLOCK_S], ACC)
-    s3 = tl.zeros([BLOCK_R, BLOCK_S], ACC)
-    h0 = tl.zeros([BLOCK_R, BLOCK_S], ACC)
-    h1 = tl.zeros([BLOCK_R, BLOCK_S], ACC)
-    h2 = tl.zeros([BLOCK_R, BLOCK_S], ACC)
-    h3 = tl.zeros([BLOCK_R, BLOCK_S], ACC)
+    q0 = tl.zeros([BLOCK_R, BLOCK_S], ACC)
+    q1 = tl.zeros([BLOCK_R, BLOCK_S], ACC)
+    q2 = tl.zeros([BLOCK_R, BLOCK_S], ACC)
     for tile in range(tiles):
         r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
         x, within, valid, domain = load_slices(
@@ -156,71 +155,65 @@ def sweep_sums(
         g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
         if PADDED:
             g = tl.where(valid, g, 0.0)
-        gap = gap_from(x, x0, rate, valid, EXCLUDE)
+        from_x0 = distance_to(x, x0, valid, EXCLUDE)
+        gap = from_x0 * rate[None, :]
         m = density(gap, peak, domain)
-        h = g - g0[None, :]
+        q = relative_gradient(g, from_x0, x0, g0, tl.zeros_like(x0))
         if EXCLUDE:
             count += domain.to(ACC)
         s0 += m
-        h0 += m * h
+        q0 += m * q
         m = m * gap
         s1 += m
-        h1 += m * h
+        q1 += m * q
         m = m * gap
         s2 += m
-        h2 += m * h
-        m = m * gap
-        s3 += m
-        h3 += m * h
-    s0, s1, s2, s3 = tl.sum(s0, axis=0), tl.sum(s1, axis=0), tl.sum(s2, axis=0), tl.sum(s3, axis=0)
-    h0, h1, h2, h3 = tl.sum(h0, axis=0), tl.sum(h1, axis=0), tl.sum(h2, axis=0), tl.sum(h3, axis=0)
+        q2 += m * q
+    s0, s1, s2 = tl.sum(s0, axis=0), tl.sum(s1, axis=0), tl.sum(s2, axis=0)
+    q0, q1, q2 = tl.sum(q0, axis=0), tl.sum(q1, axis=0), tl.sum(q2, axis=0)
     rows = tl.zeros([BLOCK_S], ACC) + tl.minimum(tl.maximum(n - first, 0), tiles * BLOCK_R)
     if EXCLUDE:
         rows = tl.sum(count, axis=0)
-    return rows, g0, s0, s1, s2, s3, h0, h1, h2, h3
+    return rows, g0, s0, s1, s2, q0, q1, q2
 
 
 @triton.jit
 def finish_sums(
-    count, g0, s0, s1, s2, s3, h0, h1, h2, h3, x0, peak, var, rstd, slope, spread, level,
-    CLAMP: tl.constexpr, EXCLUDE: tl.constexpr,
-):  # fmt: skip
-    """(factor from density to weight, clamped, weighted mean of q, T0, U1, U2) of slices, from ``sweep_sums``."""
+    count, g0, s0, s1, s2, q0, q1, q2, x0, peak, rstd, spread, level, CLAMP: tl.constexpr, EXCLUDE: tl.constexpr
+):
+    """(factor from density to weight, what g and q are relative to, T0, U1, U2) of slices, from ``sweep_sums``."""
     scale, clamped = normaliser(product_at_peak(peak, rstd, spread, level), s0, CLAMP)
-    deviation = var * (rstd * (1.0 / slope))
-    q0 = x0 * h0 + deviation * (h1 + g0 * s1)
-    q1 = x0 * h1 + deviation * (h2 + g0 * s2)
-    q2 = x0 * h2 + deviation * (h3 + g0 * s3)
     q_mean = q0 / s0
+    away = q_mean
     t0 = tl.zeros_like(s0)
-    u1_gap = (q1 - q_mean * s1) * scale
-    u2_gap = (q2 - q_mean * s2) * scale
     if CLAMP:
-        t0 = tl.where(clamped, (q0 + g0 * x0 * s0) * scale, t0)
-        u1_gap = tl.where(clamped, (q1 + g0 * x0 * s1) * scale, u1_gap)
-        u2_gap = tl.where(clamped, (q2 + g0 * x0 * s2) * scale, u2_gap)
+        away = tl.where(clamped, -g0 * x0, away)  # from q to g x
+        t0 = tl.where(clamped, (q0 - away * s0) * scale, t0)
+    u1_gap = (q1 - away * s1) * scale
+    u2_gap = (q2 - away * s2) * scale
     if EXCLUDE:
         t0 = tl.where(count < 2.0, 0.0, t0)
         u1_gap = tl.where(count < 2.0, 0.0, u1_gap)
         u2_gap = tl.where(count < 2.0, 0.0, u2_gap)
     u1, u2 = from_mean(t0, u1_gap, u2_gap, peak)
-    return scale, clamped, q_mean, t0, u1, u2
+    return scale, unless_clamped(g0, clamped, CLAMP), unless_clamped(q_mean, clamped, CLAMP), t0, u1, u2
 
 
 @triton.jit
 def sweep_gradient(
     x_ptr, x_base, x_stride_r, g_ptr, g_base, g_stride_r, dx_ptr, dx_base, dx_stride_r,
     mask_ptr, mask_base, mask_stride_r, first, tiles, n, inside,
-    count, g0, scale, clamped, q_mean, t0, u1, u2, x0, peak, var, rstd, slope, center, spread,
+    count, g0, scale, q_mean, t0, u1, u2, x0, peak, rstd, slope, center, spread,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    CLAMP: tl.constexpr, RESIDUAL: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Writes dx of ``tiles`` tiles from row ``first`` on."""
     mean_pz = u1 / tl.maximum(count, 2.0)
     through_var = through_variance(t0, u2, rstd, count, slope, spread)
-    rate, deviation = rstd * slope, var * (rstd * (1.0 / slope))
+    rate = rstd * slope
     through_z = rate * (2.0 * LN_2)
+    through_var_at_peak = through_var * (peak + center * rate)
     for tile in tl.range(tiles, loop_unroll_factor=2):
         r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
         x, within, valid, domain = load_slices(
@@ -231,12 +224,13 @@ def sweep_gradient(
         g_valid = g
         if PADDED:
             g_valid = tl.where(valid, g, 0.0)
-        gap = gap_from(x, x0, rate, valid, EXCLUDE)
+        from_x0 = distance_to(x, x0, valid, EXCLUDE)
+        gap = from_x0 * rate[None, :]
         weights = finish_weights(density(gap, peak, domain), scale, valid, count, EXCLUDE)
-        q = relative_gradient(g_valid, gap, x0, deviation, g0)
-        p = slice_gradient(q, q_mean, g_valid, x, weights, domain, count, clamped, CLAMP, PADDED, EXCLUDE)
+        q = relative_gradient(g_valid, from_x0, x0, g0, q_mean)
+        p = slice_gradient(q, weights, domain, count, PADDED, EXCLUDE)
         pz = p * (gap + peak[None, :]) - mean_pz[None, :]
-        standard = gap + (peak + center * rate)[None, :]
-        dx = input_gradient(g, weights, standard, through_var, pz, mean_pz, through_z, valid, PADDED, RESIDUAL)
+        through = through_var[None, :] * gap + through_var_at_peak[None, :]
+        dx = input_gradient(g, weights, through, pz, mean_pz, through_z, valid, PADDED, RESIDUAL)
         at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)

@@ -135,10 +135,8 @@ def mixture_backward_resident(
     through_var = through_variance_of(second, rstd, var, members, NORMALISED, PER_FEATURE)
     if not MULTIPLY:  # y is not made of x itself
         g = tl.zeros_like(g)
-    dx = input_gradient(
-        g, weights, d * rstd[None, :], through_var, slope - mean_slope[None, :], mean_slope, rstd, valid,
-        PADDED, RESIDUAL,
-    )  # fmt: skip
+    through = through_var[None, :] * (d * rstd[None, :])
+    dx = input_gradient(g, weights, through, slope - mean_slope[None, :], mean_slope, rstd, valid, PADDED, RESIDUAL)
     at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)
 

@@ -350,9 +350,7 @@ def mixture_split_gradient(
         )  # fmt: skip
         if not MULTIPLY:  # y is not made of x itself
             g = tl.zeros_like(g)
-        dx = input_gradient(
-            g, weights, d * rstd[None, :], through_var, slope - mean_slope[None, :], mean_slope, rstd, valid,
-            PADDED, RESIDUAL,
-        )  # fmt: skip
+        through = through_var[None, :] * (d * rstd[None, :])
+        dx = input_gradient(g, weights, through, slope - mean_slope[None, :], mean_slope, rstd, valid, PADDED, RESIDUAL)
         at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)

@@ -147,15 +147,15 @@ def test_bits_do_not_depend_on_the_run():
 
 
 def test_as_many_layers_in_a_sweep_as_fit(launched, monkeypatch):
-    from daam_kernels.kernels import launch
+    from daam_kernels.kernels import tiling
 
-    monkeypatch.setattr(launch, "MOST_LAYERS", 3)
+    monkeypatch.setattr(tiling, "MOST_LAYERS", 3)
     x, grad, layers = inputs((1, 16), torch.float32, (1, 2, 1, 2, 1))
     with torch.no_grad():
         density_block(x, *map(list, zip(*layers)), backend="triton")
     assert launched == SWEEP[:1] * 2
     launched.clear()
-    monkeypatch.setattr(launch, "MOST_LAYERS", 2)
+    monkeypatch.setattr(tiling, "MOST_LAYERS", 2)
     check(x, grad, layers[:3])
     assert launched == SWEEP[:1] + LAYER_FORWARD + LAYER_BACKWARD + SWEEP[1:]
 
