@@ -146,7 +146,7 @@ def sweep_sums(
     q0 = tl.zeros([BLOCK_R, BLOCK_S], ACC)
     q1 = tl.zeros([BLOCK_R, BLOCK_S], ACC)
     q2 = tl.zeros([BLOCK_R, BLOCK_S], ACC)
-    for tile in range(tiles):
+    for tile in tl.range(tiles, loop_unroll_factor=2):
         r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
         x, within, valid, domain = load_slices(
             x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, r, n, inside,

@@ -42,9 +42,11 @@ _PROGRAMS_EACH = 4  # for each of its processors, that long slices are split for
 _MOST_WARPS = 16
 _CACHED = 2**17  # bytes of x that a processor's programs go over again: half its cache, beside as much of the gradient
 _LOOPED_ROW = 128  # bytes of neighbouring slices in a row of their tiles, where there is a choice
-_LOOPED_BYTES = 2**13  # of x that a warp goes over: 16 warps of a processor reach what is cached
+_LOOPED_BYTES = 2**13  # of x that a warp goes over in columns, half of it in rows: what is cached has to hold all
 _LOOPED_EACH = 8  # warps for each processor, at least
-_LOOPED_LENGTH = 2048  # elements of a row of a half type that is looped over backward although a tile could hold it
+_LOOPED_ELEMENTS = 32  # of rows, that a thread goes over, at least: they share what is done once for a slice
+_LOOPED_SLICES = 8  # in a tile of rows, at most: of each, four threads then have 64 bytes side by side
+_LOOPED_LENGTH = {2: 2**17, 4: 2048, 8: 0}  # of rows that a tile could hold with more instructions than a loop takes
 _LOOPED_REGISTERS = (128, 168), (168, 255)  # of a thread, forward and backward; where elements can be padding
 MOST_LAYERS = 6  # that one sweep takes: each makes the kernels longer, and they take longer to compile
 _FEW_LAYERS = 3  # and in columns of float64 or with padding, where six spill
@@ -202,11 +204,9 @@ def ladder(problem: Problem, processors: int = PROCESSORS) -> Choice:
     usual, merged = BUDGET.usual // scale**2, _merged(problem)
     block_r = power_of_two(longest)
     split = block_r * narrow > largest
-    # A thread of columns can go over slices by itself; backward rows of half types are long enough to be worth a loop.
-    long_row = problem.backward and itemsize == 2 and longest >= _LOOPED_LENGTH
-    if split or problem.columns or long_row:
-        least = narrow if split or not problem.columns else min(available, _LOOPED_ROW // itemsize)
-        looped = _looped_tile(problem, least, processors)
+    # A thread of columns can go over slices by itself. Backward it has more of a row so than its registers would hold.
+    if split or problem.columns or (problem.backward and longest < _LOOPED_LENGTH[itemsize]):
+        looped = _looped_tile(problem, narrow if split else _LOOPED_ROW // itemsize, processors)
         if looped is not None:
             return looped
     if split:
@@ -248,15 +248,21 @@ def ladder(problem: Problem, processors: int = PROCESSORS) -> Choice:
 
 def _looped_tile(problem: Problem, narrow: int, processors: int) -> Choice | None:
     """That of programs which go over their slices a tile at a time, where there are enough; ``narrow``: slices in a row
-    of the tile, at least."""
-    itemsize, rows = problem.itemsize, power_of_two(problem.longest)
-    of_warp = 32 * _THREAD_ELEMENTS // (max(itemsize, 4) // 4)
-    block_s = 1
+    of the columns' tile, at least."""
+    itemsize, rows, available = problem.itemsize, power_of_two(problem.longest), power_of_two(problem.slices)
     if problem.columns:  # the fewer rows a tile has, the less is exchanged between threads
-        wide = max(_LOOPED_ROW // itemsize, min(of_warp, _LOOPED_BYTES // (itemsize * rows)))
-        block_s = min(power_of_two(problem.slices), max(narrow, wide))
+        of_warp, of_warp_bytes = 32 * _THREAD_ELEMENTS // (max(itemsize, 4) // 4), _LOOPED_BYTES
+        narrow = min(available, narrow)
+        wide = max(_LOOPED_ROW // itemsize, min(of_warp, of_warp_bytes // (itemsize * rows)))
+    else:  # a thread has a part of one slice, which it loads 16 bytes at a time if their addresses allow it
+        of_warp, of_warp_bytes = 32 * min(_THREAD_ELEMENTS, 16 // itemsize), _LOOPED_BYTES // 2
+        narrow = max(1, 32 * _LOOPED_ELEMENTS // rows)
+        wide = min(_LOOPED_SLICES, of_warp_bytes // (itemsize * rows)) if problem.vec * itemsize == 16 else 1
+        if narrow > min(available, max(1, wide)):
+            return None
+    block_s = min(available, max(narrow, wide))
     while True:
-        num_warps = max(1, min(_WARPS_COLUMNS, rows * block_s * itemsize // _LOOPED_BYTES))
+        num_warps = max(1, min(_WARPS_COLUMNS, rows * block_s * itemsize // of_warp_bytes))
         enough = _programs(problem, block_s) * num_warps >= _LOOPED_EACH * processors
         if enough and _loops(problem, block_s, processors):
             break

@@ -87,6 +87,7 @@ class PoolCase:
 CORE = {
     "rows": Case((64, 2048), 1, 8),
     "columns": Case((1, 1024, 512), 1, 8, gaussians=64),
+    "many rows": Case((1 << 14, 512), 1, 1, gaussians=64),
     "looped columns": Case((8, 2048, 512), 1, 8),
     "split rows": Case((1, 1 << 20), 1, 1, weights=True),
     "split columns": Case((2, 16384, 64), 1, 1),
@@ -99,7 +100,7 @@ CORE = {
 }
 # What else changes the code: compiled for float32 and bfloat16 on sm_90.
 MORE = {
-    "many rows": Case((1 << 14, 512), 1, 1, gaussians=64),
+    "many rows, masked": Case((1 << 14, 512), 1, 1, mask=True, options={"padding_stats": "exclude"}),
     "many long rows": Case((1 << 14, 16384), 1, 8),
     "rows of 1000": Case((64, 4000), 1, 4, gaussians=5),
     "odd rows": Case((64, 333), 1, 3, aligned=False),

@@ -15,6 +15,18 @@ def looped_tiles(monkeypatch):
     yield from _small_tiles(monkeypatch, cached=1 << 30)
 
 
+@pytest.fixture
+def one_processor(monkeypatch):
+    """A device so small that the tiles of few elements are those that a larger one has of many."""
+    from daam_kernels.kernels import host
+    from daam_kernels.kernels.remembered import forget_launches
+
+    monkeypatch.setattr(host, "processors", lambda device: 1)
+    forget_launches()
+    yield
+    forget_launches()
+
+
 def _small_tiles(monkeypatch, cached):
     from daam_kernels.kernels import host, tiling
     from daam_kernels.kernels.remembered import forget_launches
@@ -25,6 +37,7 @@ def _small_tiles(monkeypatch, cached):
     monkeypatch.setattr(tiling, "_CACHED", cached)
     monkeypatch.setattr(tiling, "_LOOPED_BYTES", 1 << 20)  # a warp each
     monkeypatch.setattr(tiling, "_LOOPED_EACH", 1)
+    monkeypatch.setattr(tiling, "_LOOPED_ELEMENTS", 1)
     monkeypatch.setattr(tiling, "_THREAD_ELEMENTS", 2)
     monkeypatch.setattr(host, "processors", lambda device: 1)
     forget_launches()

@@ -94,6 +94,29 @@ def test_short_columns_that_are_looped_over(looped_tiles, launched, padded):
     assert launched == [*LOOPED[0], *LOOPED[1], "parameter_gradients"]
 
 
+@pytest.mark.parametrize("padding_stats", [None, "zero", "exclude"])
+@pytest.mark.parametrize("dtype, mean, constant", [
+    (torch.float32, 3.0, False), (torch.float32, 1e4, True), (torch.bfloat16, 3.0, False), (torch.float16, 3.0, True),
+])  # fmt: skip
+def test_rows_that_are_looped_over_several_at_a_time(one_processor, launched, dtype, mean, constant, padding_stats):
+    """Two heads of 264 elements; the last tile has slices too many, and at last the first slice has a NaN."""
+    x, grad, parameters = inputs((17, 528), 2, dtype, mean=mean)
+    if constant:
+        grad = torch.ones_like(grad)
+    options = {}
+    if padding_stats:
+        mask = torch.rand(x.shape, generator=generator(5)).to(DEVICE) < 0.7
+        mask[1:3] = False
+        options = dict(mask=mask, padding_value=0.0, padding_stats=padding_stats)
+    check(x, grad, parameters, **options)
+    assert launched == ["forward_resident", *LOOPED[1], "parameter_gradients"]
+    clean = evaluate("triton", x, *parameters, grad, **options)[:2]
+    x[0, 7] = torch.nan
+    for got, kept in zip(evaluate("triton", x, *parameters, grad, **options)[:2], clean):
+        assert_same_bits(got[1:], kept[1:])
+        assert_same_bits(got[0, 264:], kept[0, 264:])
+
+
 def test_weights_of_long_slices_come_from_the_same_launch(way, launched):
     x, _, parameters = inputs((2, 300), 1, torch.float64)
     _, weights = daam_kernels.density_attention(x, *parameters, return_weights=True, backend="triton")

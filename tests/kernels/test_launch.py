@@ -285,8 +285,8 @@ def test_the_ladder_is_sensible_for_the_shapes_that_count(name, architecture, it
         if tile.columns:  # bytes beside each other that a warp reads of a row
             narrowest = 64 if tile.block_r * 128 // itemsize > tiling.BUDGET.forward_columns // 4 else 128
             assert tile.block_s * itemsize >= min(narrowest, problem.inner * itemsize)
-        else:
-            assert tile.block_r * itemsize >= min(512, problem.longest * itemsize)
+        else:  # beside each other in a slice; a loop asks for two tiles at once
+            assert tile.block_r * itemsize >= min(64 if tile.looped else 512, problem.longest * itemsize)
         programs = tile.num_blocks * problem.num_heads * max(1, tile.num_chunks)
         numel = problem.outer * problem.length * problem.inner
         few = numel <= processors * tiling.BUDGET.usual // words**2  # not even a tile for each processor
@@ -378,8 +378,28 @@ def test_a_thread_has_more_elements_where_programs_are_many():
     others = (64, 2048, 1), (1 << 14, 2000, 1), (1 << 17, 128, 1)  # few programs, masks, short slices
     assert [elements(shape) for shape in others] == [8] * 3
     assert elements(padded=True) == elements(num_layers=3) == 8
-    assert elements(itemsize=4, backward=True) == elements((1 << 14, 256, 1), backward=True) == 16
+    assert elements(itemsize=4, backward=True) == 16
     assert elements(others[0], backward=True) == 8
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("length", [128, 256, 512, 1000, 1024])
+def test_rows_are_looped_over_backward_by_few_threads_each(length, itemsize):
+    """What a thread does once for a slice is shared by 32 elements at least; the cache has 8 kB a warp, of x and g."""
+    tile = density_tile(view_of(1 << 16, length, 1), 1, itemsize, True)
+    threads, rows = 32 * tile.num_warps, tiling.power_of_two(length)
+    assert tile.looped and tile.block_r * tile.block_s * itemsize == 16 * threads
+    assert rows * tile.block_s >= 32 * threads
+    assert rows * tile.block_s * itemsize <= 4096 * tile.num_warps and 64 <= tile.block_r * itemsize
+
+
+def test_rows_that_are_not_looped_over_backward():
+    def looped(shape, itemsize=2):
+        return density_tile(view_of(*shape), 1, itemsize, True).looped
+
+    assert looped((1 << 16, 256, 1)) and not looped((1 << 10, 256, 1))  # too few warps
+    assert not looped((1 << 16, 64, 1)) and not looped((1 << 16, 301, 1))  # short; not 16 bytes at a time
+    assert not (looped((1 << 16, 301, 1), 4) or looped((1 << 16, 2048, 1), 4) or looped((1 << 16, 256, 1), 8))
 
 
 @pytest.mark.parametrize("itemsize, most", [(2, 4), (4, 8)])
