@@ -81,8 +81,12 @@ def _product(draw: Draw, small: bool) -> Named:
         tensors = draw.x(*shape), *draw.gaussians(2, 3)
         yield f"{name}, masked", partial(density_attention, norm_axis=axis, **masked), tensors
     if not small:
-        for name, shape in (("short", (40, 11, 1000)), ("long", (20, 600, 264))):  # enough for every processor
-            yield f"{COLUMNS}, {name}", partial(density_attention, norm_axis=1), (draw.x(*shape), *draw.gaussians(2, 3))
+        for name, shape, axis in (  # enough for every processor
+            (f"{COLUMNS}, short", (40, 11, 1000), 1),
+            (f"{COLUMNS}, long", (20, 600, 264), 1),
+            (f"{ROWS}, many", (5000, 272), -1),
+        ):
+            yield name, partial(density_attention, norm_axis=axis), (draw.x(*shape), *draw.gaussians(2, 3))
         weighted = partial(density_attention, return_weights=True, padding_value=0.0)
         yield "weights", lambda *t, **backend: weighted(*t, **backend)[0], (draw.x(8, 100), *draw.gaussians(2, 3))
 

@@ -78,8 +78,8 @@ def test_contract_at_the_size_of_the_page(norm_axis, dtype, row, num_gaussians):
 
 
 @pytest.fixture
-def looped_columns(monkeypatch):
-    """A GPU of one processor, for which a few programs are enough to go over columns a tile at a time."""
+def launched_by_one(monkeypatch):
+    """The kernels launched, on a GPU said to have one processor: few programs are enough to go over slices by tiles."""
     pytest.importorskip("triton")
     from daam_kernels.kernels import density_backward, density_forward, host
     from daam_kernels.kernels.remembered import forget_launches
@@ -98,24 +98,35 @@ def looped_columns(monkeypatch):
     forget_launches()
 
 
-@pytest.mark.parametrize("length, heads", [(24, 8), (40, 8), (128, 4), (515, 2), (1030, 1)])
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_contract_of_columns_that_are_looped_over(looped_columns, row, dtype, length, heads):
+def check_what_is_looped_over(shape, axis, row, dtype, heads):
     mean, deviation = ROWS[row]
-    x, mean_offsets, c, grad = problem(
-        (3, length, 200), heads, 5, dtype, mean=mean, deviation=deviation, offsets=0.05 * deviation
-    )
+    x, mean_offsets, c, grad = problem(shape, heads, 5, dtype, mean=mean, deviation=deviation, offsets=0.05 * deviation)
     mask = torch.rand(x.shape, generator=generator(9)).to(CUDA) < 0.8
     for options in ({}, dict(mask=mask, padding_stats="exclude", residual=True), dict(mask=mask)):
-        options["norm_axis"] = 1
+        options["norm_axis"] = axis
         got = evaluate("triton", x, mean_offsets, c, grad, **options)
         expected = truth(x, mean_offsets, c, grad, **options)
         if dtype in HALF_TYPES and row == "N(1e4, 0.1)":
             assert_finite_but_for_overflow(got, expected)
         else:
             assert_contract(got, expected, dtype, f"{options}")
-    assert set(looped_columns) == {"forward_looped", "backward_looped", "parameter_gradients"}
+
+
+@pytest.mark.parametrize("length, heads", [(24, 8), (40, 8), (128, 4), (515, 2), (1030, 1)])
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_contract_of_columns_that_are_looped_over(launched_by_one, row, dtype, length, heads):
+    check_what_is_looped_over((3, length, 200), 1, row, dtype, heads)
+    assert set(launched_by_one) == {"forward_looped", "backward_looped", "parameter_gradients"}
+
+
+@pytest.mark.parametrize("length, heads", [(1024, 8), (1056, 4), (1000, 1)])
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_contract_of_rows_that_are_looped_over(launched_by_one, row, dtype, length, heads):
+    check_what_is_looped_over((101, length), -1, row, dtype, heads)
+    backward = "backward_resident" if dtype == torch.float64 else "backward_looped"
+    assert set(launched_by_one) == {"forward_resident", backward, "parameter_gradients"}
 
 
 # Lengths of a slice from one warp's worth to many blocks, with a remainder; both kinds of axis.
