@@ -94,10 +94,30 @@ def rows_within(r, n, inside, WHOLE: tl.constexpr):
     return within
 
 
+@triton.constexpr_function
+def takes_ptx():
+    """Whether the target takes assembly for NVIDIA's GPUs; the interpreter does not."""
+    target = tl.target_info.current_target()
+    return target is not None and target.backend == "cuda"
+
+
+@triton.jit
+def widen(values, ACC: tl.constexpr):
+    """Values in the arithmetic type."""
+    if values.dtype == tl.bfloat16 and ACC == tl.float32 and takes_ptx():
+        # Two of them are a register's halves, and an instruction makes a float32 of each; the compiler takes three.
+        wide = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [values], tl.float32, is_pure=True, pack=2
+        )
+    else:
+        wide = values.to(ACC)
+    return wide
+
+
 @triton.jit
 def load_tile(ptr, base, r, stride_r, within, COLUMNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr):
     """Rows r of the slices that start at base, in the arithmetic type; 0 outside."""
-    return tl.load(ptr + tile_offsets(base, r, stride_r, COLUMNS, VEC), mask=within, other=0.0).to(ACC)
+    return widen(tl.load(ptr + tile_offsets(base, r, stride_r, COLUMNS, VEC), mask=within, other=0.0), ACC)
 
 
 @triton.jit
