@@ -15,6 +15,9 @@ VAR_ADDED = tl.constexpr(1e-8)  # to the variance of the per-feature Gaussian, b
 VAR_FLOOR = tl.constexpr(1e-6)  # the smallest variance of the gate
 TWO_PI = tl.constexpr(6.283185307179586)
 FAR = tl.constexpr(3e38)  # farther than any z^2, finite so that differences of it are numbers
+NEARER = tl.constexpr(1e38)  # than FAR, which comparisons round to float32 and tensors of float64 do not
+LEAST_NEAR = tl.constexpr(0.25)  # that densities of a slice which is near the center add up to
+LEAST_EACH = tl.constexpr(2.0**-10)  # of them for each element
 
 
 @triton.jit
@@ -156,7 +159,7 @@ def find_peak(z, domain):
     bits = tl.where(domain, z, FAR).to(unsigned, bitcast=True)
     nearest = tl.min((bits << 1) | (bits >> last), axis=0)
     peak = ((nearest >> 1) | (nearest << last)).to(z.dtype, bitcast=True)
-    return tl.where(tl.abs(peak) < FAR, peak, 0.0)  # 0 where it is NaN, too
+    return tl.where(tl.abs(peak) < NEARER, peak, 0.0)  # 0 where it is NaN, too
 
 
 @triton.jit
@@ -181,6 +184,18 @@ def density(gap, peak, domain):
     rise = gap * ((-2.0 * peak)[None, :] - gap)  # peak^2 - z^2
     rise = tl.minimum(rise, 0.0, propagate_nan=tl.PropagateNan.ALL)  # rounding may hide which element is nearest
     return tl.where(domain, tl.exp2(rise), 0.0)
+
+
+@triton.jit
+def centred_density(z, domain):
+    """The densities over that at the center of the Gaussians, where z is 0: near it, two instructions fewer."""
+    return tl.where(domain, tl.exp2((z * -1.0) * z), 0.0)  # not -z, which Triton takes from 0
+
+
+@triton.jit
+def far_from_center(total, count):
+    """Slices whose densities over that at the center are too small to be exact; those with a NaN are not."""
+    return total < tl.maximum(count * LEAST_EACH, LEAST_NEAR)
 
 
 @triton.jit
@@ -296,7 +311,7 @@ def from_statistics(x, x0, mean, var, slope, center):
 def value_at_peak(x, z, peak, domain, x0):
     """x where z is at its peak, exactly: a later gap from it is 0 there. x0 for columns without a domain."""
     found = tl.max(tl.where(domain & (z == peak[None, :]), x, -FAR), axis=0)
-    return tl.where(found > -FAR, found, x0)
+    return tl.where(found > -NEARER, found, x0)
 
 
 @triton.jit

@@ -10,6 +10,8 @@ import triton.language as tl
 from .density_math import (
     FAR,
     LN_2,
+    NEARER,
+    centred_density,
     counted_members,
     counted_values,
     density,
@@ -38,9 +40,10 @@ def sweep_statistics(
     x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, tiles, n, inside, center, EPS: tl.constexpr,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, AMONG_FIRST: tl.constexpr = False,
 ):  # fmt: skip
-    """(elements counted, x0, mean - x0, variance) of whole slices, in two sweeps; x0 is x at the largest density."""
+    """(elements counted, x0, mean - x0, variance) of whole slices, in two sweeps; x0 is x at the largest density, or
+    at the largest AMONG_FIRST rows, those of one tile."""
     rows = tl.arange(0, BLOCK_R)
     x0 = first_of_run(
         x_ptr, x_base, x_stride_r, x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, 0, tiles, n, inside,
@@ -75,9 +78,17 @@ def sweep_statistics(
         counted = counted_values(shifted, x0, valid, PADDED, EXCLUDE)
         deviation = tl.where(domain, counted - mean[None, :], 0.0)
         squares += deviation * deviation
-        nearest, x_nearest = nearer_of(shifted - (mean + center)[None, :], x, nearest, x_nearest, domain)
+        if not AMONG_FIRST:
+            nearest, x_nearest = nearer_of(shifted - (mean + center)[None, :], x, nearest, x_nearest, domain)
+    if AMONG_FIRST:
+        x, _, _, domain = load_slices(
+            x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, rows, n, inside,
+            PADDING, HAS_MASK, PADDED, EXCLUDE, COLUMNS, VEC, WHOLE, ACC,
+        )  # fmt: skip
+        nearest, x_nearest = nearer_of((x - x0[None, :]) - (mean + center)[None, :], x, nearest, x_nearest, domain)
     var = variance(tl.sum(squares, axis=0), members, EPS, True, False)
-    x_peak = value_at_peak(x_nearest, nearest, find_peak(nearest, nearest < FAR), nearest < FAR, x0)
+    found = tl.abs(nearest) < NEARER
+    x_peak = value_at_peak(x_nearest, nearest, find_peak(nearest, found), found, x0)
     return count, x_peak, mean - (x_peak - x0), var
 
 
@@ -86,9 +97,9 @@ def sweep_densities(
     x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, tiles, n, inside, x0, rate, peak,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, EXCLUDE: tl.constexpr,
     COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """The sum of each slice's densities over its largest one."""
+    """The sum of each slice's densities over its largest one, or over that at the center; z is ``peak`` at x0."""
     rows = tl.arange(0, BLOCK_R)
     sums = tl.zeros([BLOCK_R, BLOCK_S], ACC)
     for t in tl.range(tiles, loop_unroll_factor=2):
@@ -96,7 +107,11 @@ def sweep_densities(
             x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, t * BLOCK_R + rows, n, inside,
             PADDING, HAS_MASK, EXCLUDE, EXCLUDE, COLUMNS, VEC, WHOLE, ACC,
         )  # fmt: skip
-        sums += density(distance_to(x, x0, domain, EXCLUDE) * rate[None, :], peak, domain)
+        gap = distance_to(x, x0, domain, EXCLUDE) * rate[None, :]
+        if CENTRED:
+            sums += centred_density(gap + peak[None, :], domain)
+        else:
+            sums += density(gap, peak, domain)
     return tl.sum(sums, axis=0)
 
 
@@ -106,7 +121,8 @@ def sweep_output(
     tiles, n, inside, count, x0, rate, peak, scale,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     MULTIPLY: tl.constexpr, RESIDUAL: tl.constexpr,
-    COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr,
+    COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_R: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     """Writes y, and the weights where asked for."""
     rows = tl.arange(0, BLOCK_R)
@@ -116,7 +132,11 @@ def sweep_output(
             x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, r, n, inside,
             PADDING, HAS_MASK, PADDED, EXCLUDE, COLUMNS, VEC, WHOLE, ACC,
         )  # fmt: skip
-        densities = density(distance_to(x, x0, domain, EXCLUDE) * rate[None, :], peak, domain)
+        gap = distance_to(x, x0, domain, EXCLUDE) * rate[None, :]
+        if CENTRED:
+            densities = centred_density(gap + peak[None, :], domain)
+        else:
+            densities = density(gap, peak, domain)
         weights = finish_weights(densities, scale, valid, count, EXCLUDE)
         at = tile_offsets(y_base, r, y_stride_r, COLUMNS, VEC)
         store_output(y_ptr, weights_ptr, at, x, weights, valid, within, MULTIPLY, PADDED, RESIDUAL)

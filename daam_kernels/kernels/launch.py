@@ -15,6 +15,7 @@ from .tiling import PROCESSORS, Choice, Problem, Tile, cut, density_problem, lad
 LIMIT_REGISTERS = torch.version.hip is None  # told that all may be used, ptxas does not spill to use fewer
 _FEATURES, _ROWS = 64, 16  # whose partial sums a program adds, and how many at a time
 _REDUCTION = 4096  # partial sums of the parameter gradients that are added at a time
+_CENTRED = 64  # elements of slices that have one near the center of their Gaussians but for rare cases
 _WARPS = 16  # of the kernel that adds them, at most
 
 
@@ -104,6 +105,7 @@ def density_launch(
         "BLOCK_F": min(_FEATURES, power_of_two(view.inner)),
         "BLOCK_N": _ROWS,
         "HALF": itemsize == 2,
+        "CENTRED": chunk >= _CENTRED,
         "UNROLLED": _unrolled(tile, num_mixed, itemsize),
         **flags,
     }

@@ -5,7 +5,17 @@ import itertools
 import daam_kernels
 import pytest
 import torch
-from support import DTYPES, assert_contract, assert_same_bits, device_of, evaluate, gaussians, generator, truth
+from support import (
+    DTYPES,
+    assert_close,
+    assert_contract,
+    assert_same_bits,
+    device_of,
+    evaluate,
+    gaussians,
+    generator,
+    truth,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if not daam_kernels.available_backends()["triton"]:
@@ -115,6 +125,39 @@ def test_rows_that_are_looped_over_several_at_a_time(one_processor, launched, dt
     for got, kept in zip(evaluate("triton", x, *parameters, grad, **options)[:2], clean):
         assert_same_bits(got[1:], kept[1:])
         assert_same_bits(got[0, 264:], kept[0, 264:])
+
+
+@pytest.mark.parametrize("mean, deviation, width", [(0.0, 1.0, None), (1e4, 0.1, None), (0.0, 1.0, 0.1)])
+@pytest.mark.parametrize("shape, axis", [((2, 200), 1), ((150, 20), 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_inference_over_long_slices(looped_tiles, launched, dtype, shape, axis, mean, deviation, width):
+    """Densities over that at the center of the Gaussians, and where these are narrow, of some over the largest one."""
+    rng = generator(4)
+    x = (mean + deviation * torch.randn(shape, generator=rng, dtype=torch.float64)).to(DEVICE, dtype)
+    parameters = gaussians(2, 5, rng, offsets=0.05 * deviation, width=width, dtype=torch.float64, device=DEVICE)
+    mask = torch.rand(shape, generator=rng).to(DEVICE) < 0.7
+    mask.select(1 - axis, 1)[...] = False
+    tolerance = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2**-8}[dtype]
+    for options in ({}, dict(mask=mask), dict(mask=mask, padding_stats="exclude", residual=True)):
+        options["norm_axis"] = axis
+        y = daam_kernels.density_attention(x, *parameters, backend="triton", **options)
+        assert_close(y, truth(x, *parameters, **options)[0], tolerance)
+    assert launched == ["forward_looped"] * 3
+
+
+def test_inference_over_a_slice_far_from_its_gaussians_leaves_its_neighbours_alone(looped_tiles):
+    x, _, _ = inputs((200, 20), 1, torch.float32)
+    parameters = torch.zeros(1, 2, device=DEVICE), torch.full((1, 2), 0.3, device=DEVICE)
+    options = dict(norm_axis=0, return_weights=True)
+    alone = daam_kernels.density_attention(x, *parameters, backend="triton", **options)
+    x[:, 7] = 1 + 0.01 * x[:, 7].abs()
+    x[::2, 7] *= -1  # none is near the mean
+    got = daam_kernels.density_attention(x, *parameters, backend="triton", **options)
+    exact = daam_kernels.reference.density_attention(x.double(), *parameters, **options)
+    others = torch.arange(20, device=DEVICE) != 7
+    for result, before, true in zip(got, alone, exact):
+        assert_same_bits(result[:, others], before[:, others])
+        assert_close(result[:, 7], true[:, 7], 2e-6)
 
 
 def test_weights_of_long_slices_come_from_the_same_launch(way, launched):
