@@ -2,6 +2,7 @@
 #pragma once
 
 #include "density_statistics.h"
+#include "power.h"
 
 namespace {
 
