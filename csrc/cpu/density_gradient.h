@@ -16,7 +16,13 @@ struct Slopes {
   V<T> t0, p1, p2;
 };
 
-// Writes p, still without the normaliser's factor, over q. Columns ask for the next gradients here, rows for every other
+// The first of them: p is w (q - mean), but for the normaliser's factor.
+template <class Lanes>
+DAAM_INLINE Lanes sum_of_slopes(const Lanes& of_densities, const Lanes& of_q, const Lanes& mean_q) {
+  return of_q - mean_q * of_densities;
+}
+
+// The other two are found. Writes p, still without the normaliser's factor, over q. Columns ask for the next gradients here, rows for every other
 // line of them, and for the next x in the sweep before: a processor can wait for some twenty lines at a time, and those of
 // both at once would be more.
 template <class T, class L>
@@ -24,22 +30,21 @@ void find_slopes(const Group<T>& g, const Origin<T>& o, const V<T>& mean_q, Slop
   constexpr int N = Vector<T>::N;
   each_row<T, L>(g, g.lanes(), [&](int r) __attribute__((always_inline)) {
     const Row<T> row = g.row[r];
-    const V<T> mean = of_row<T, L>(mean_q, r), twice = of_row<T, L>(o.twice, r);
+    const V<T> mean = of_row<T, L>(mean_q, r);
     const Ahead ahead = g.ahead[r];
-    Sum<T> t0, p1, p2;
+    Sum<T> p1, p2;
     const auto body = [&](int64_t i, auto, auto) __attribute__((always_inline)) {
       if (!L::kRows || i % (2 * kLine) == 0) ahead.touch_grad(i);
       const V<T> z = load(row.z + i * N), p = load(row.density + i * N) * (load(row.q + i * N) - mean), pz = p * z;
       store<T>(row.q + i * N, p);
-      t0 += p;
       p1 += pz;
-      p2.block += pz * (z + twice);
+      p2.block += pz * z;
     };
-    sweep<T, L>(row.n, body, [&]() __attribute__((always_inline)) { t0.flush(), p1.flush(), p2.flush(); });
-    set_sum<T, L>(found.t0, r, t0.total);
+    sweep<T, L>(row.n, body, [&]() __attribute__((always_inline)) { p1.flush(), p2.flush(); });
     set_sum<T, L>(found.p1, r, p1.total);
     set_sum<T, L>(found.p2, r, p2.total);
   });
+  found.p2 += o.twice * found.p1;
 }
 
 // What each slice adds to its head's sums: see HeadSums.

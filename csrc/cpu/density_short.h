@@ -47,7 +47,7 @@ class Short {
       const Field<const S> from = g.grad;
       write(g.out, [&](int64_t r, int b) __attribute__((always_inline)) {
         const Through<T>& t = through[b];
-        const V<T> grad = load_as(from(r, b)), from_start = z[b][r];
+        const V<T> grad = load_as(from(r, b)), from_start = z[b][r] - start[b];
         return grad * (density[b][r] * t.factor + t.added) + (t.linear * from_start + t.constant) +
                q[b][r] * t.slope * (from_start + peak[b]);
       });
@@ -181,7 +181,7 @@ class Short {
     const V<T> twice = EXACT ? (o.peak - o.start) * 2 : V<T>{};
     const Field<const S> from = g.grad;
     const Field<const char> next_x = g.next_x, next_grad = g.next_grad;
-    V<T> sum{}, sum_q{}, nearest = splat<T>((T)INFINITY), nearest_d{};
+    V<T> sum{}, sum_q{}, nearest = splat<T>((T)INFINITY);
     each_element([&](int64_t r) __attribute__((always_inline)) {
       if constexpr (!EXACT) {
         __builtin_prefetch(next_x(r, b), 0, 2);
@@ -192,11 +192,7 @@ class Short {
       sum += m;
       if constexpr (BACKWARD) {
         const V<T> grad = load_as(from(r, b));
-        if constexpr (!EXACT) {
-          const V<T> distance = absolute<T>(d);
-          nearest_d = distance < nearest ? d : nearest_d;
-          nearest = minimum(distance, nearest);
-        }
+        if constexpr (!EXACT) nearest = nearer_to_zero<T>(d, nearest);
         z[b][r] = d;
         q[b][r] = (grad - o.grad) * o.high + grad * from_high;
         sum_q += m * q[b][r];
@@ -204,7 +200,7 @@ class Short {
     });
     totals[b].density = sum;
     if constexpr (BACKWARD) totals[b].q = sum_q;
-    if constexpr (BACKWARD && !EXACT) start[b] = nearest_d;
+    if constexpr (BACKWARD && !EXACT) start[b] = nearest;
   }
 
   DAAM_INLINE Normaliser<T> normaliser(int b) const {
@@ -218,16 +214,15 @@ class Short {
     peak[b] = o.peak;
     const Normaliser<T> f = normaliser(b);
     const V<T> mean = mean_of_q<T>(totals[b], f, o);
-    V<T> t0{}, p1{}, p2{};
+    V<T> p1{}, p2{};
     each_element([&](int64_t r) __attribute__((always_inline)) {
       const V<T> from_start = z[b][r] - o.start, p = density[b][r] * (q[b][r] - mean), pz = p * from_start;
-      z[b][r] = from_start;
       q[b][r] = p;
-      t0 += p;
       p1 += pz;
-      p2 += pz * (from_start + o.twice);
+      p2 += pz * from_start;
     });
-    const Slopes<T> raw = {t0, p1, p2};
+    start[b] = o.start;
+    const Slopes<T> raw = {sum_of_slopes(totals[b].density, totals[b].q, mean), p1, p2 + o.twice * p1};
     find_through<T, Padding::kNone>(raw, f, o, statistics(b), g.heads, g.rules.residual, sums, through);
   }
 

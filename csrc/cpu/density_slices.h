@@ -53,7 +53,8 @@ template <class T, class L, Padding P>
 DAAM_INLINE void differentiate(const Group<T>& g, const Density<T>& d, bool residual, SliceSums<T>& sums) {
   const V<T> mean_q = mean_of_q<T>(d.totals, d.normaliser, d.origin);
   Slopes<T> raw;
-  raw.t0 = raw.p1 = raw.p2 = V<T>{};
+  raw.t0 = sum_of_slopes(d.totals.density, d.totals.q, mean_q);
+  raw.p1 = raw.p2 = V<T>{};
   find_slopes<T, L>(g, d.origin, mean_q, raw);
   Through<T> t;
   find_through<T, P>(raw, d.normaliser, d.origin, d.statistics, *g.heads, residual, sums, t);

@@ -290,7 +290,7 @@ class Split {
     const int64_t count = L::kRows ? 1 : job.column_lanes(unit).count;
     for (int64_t j = 0; j < divide_up(count, N); j++) {
       Known<T>& k = known_of(unit, j);
-      const auto sum_p = [&](V<T> of_densities, V<T> of_q) { return of_q - k.mean_q * of_densities; };
+      const auto sum_p = [&](V<T> of_densities, V<T> of_q) { return sum_of_slopes(of_densities, of_q, k.mean_q); };
       const Slopes<T> raw = {
           sum_p(k.totals.density, k.totals.q),
           sum_p(add_runs(unit, j, [](const Found<T>& f) { return f.sums.z; }),

@@ -141,6 +141,16 @@ DAAM_INLINE V<T> absolute(V<T> v) {
   return (V<T>)((Mask<T>)v & ~(sign - Mask<T>{}));
 }
 
+// The one of two numbers that is nearer to 0; b where a is NaN.
+template <class T>
+DAAM_INLINE V<T> nearer_to_zero(V<T> a, V<T> b) {
+#if DAAM_X86 && DAAM_VECTOR_BYTES == 64 && DAAM_AVX512
+  constexpr int smaller_magnitude = 2, with_its_sign = 1 << 2;
+  if constexpr (sizeof(T) == 4) return (V<T>)_mm512_range_ps((__m512)a, (__m512)b, smaller_magnitude | with_its_sign);
+#endif
+  return absolute<T>(a) < absolute<T>(b) ? a : b;
+}
+
 #if DAAM_X86 && DAAM_VECTOR_BYTES == 32
 DAAM_INLINE float sum_of_lanes(V<float> v) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
