@@ -67,21 +67,28 @@ DAAM_INLINE void find_through(
     bool residual, SliceSums<T>& sums, Through<T>& t) {
   constexpr T inverse = (T)(2 / kLog2E);
   const Mask<T> live = ~skipped_slices<T, P>(s.count.n);
-  const V<T> factor = keep<T>(live, f.factor);
+  const V<T> factor = keep<T>(live, f.factor), scale = o.scale * inverse;
+  const V<T> from_mean = ((o.high - s.high) + (o.low - s.low)) * o.scale + o.start;
+  V<T> p1 = keep<T>(live, raw.p1 * factor), p2 = keep<T>(live, raw.p2 * factor), of_variance = p2 * inverse;
+  V<T> t0{}, t0_v{};
   // Without the clamp the p of a slice sum to 0: rounding must not say otherwise.
-  const V<T> t0 = keep<T>(f.clamped & live, raw.t0 * factor);
-  const V<T> p1 = keep<T>(live, raw.p1 * factor) + o.peak * t0;
-  const V<T> p2 = keep<T>(live, raw.p2 * factor) + o.peak * o.peak * t0;
-  const V<T> t0_v = t0 * s.rstd * s.rstd, from_mean = ((o.high - s.high) + (o.low - s.low)) * o.scale + o.start;
+  const Mask<T> clamped = f.clamped & live;
+  if (any(clamped)) {
+    t0 = keep<T>(clamped, raw.t0 * factor);
+    t0_v = t0 * s.rstd * s.rstd;
+    p1 += o.peak * t0;
+    p2 += o.peak * o.peak * t0;
+    of_variance = p2 * inverse + heads.spread * t0_v;
+  }
   sums.t0 = t0;
   sums.t0_v = t0_v;
   sums.u1_v = p1 * s.rstd * heads.inverse_root;
   sums.u2_v = p2 * heads.inverse_root * heads.inverse_root;
   t.factor = factor;
   t.added = splat<T>(residual) + keep<T>(~live, splat<T>(1));
-  t.slope = -factor * o.scale * inverse;
-  t.linear = (p2 * inverse + heads.spread * t0_v) * s.rstd * heads.inverse_root * s.count.free_share;
-  t.constant = o.scale * p1 * inverse * s.count.share + t.linear * from_mean;
+  t.slope = -factor * scale;
+  t.linear = of_variance * (s.rstd * heads.inverse_root * s.count.free_share);
+  t.constant = p1 * (scale * s.count.share) + t.linear * from_mean;
 }
 
 template <class T, class L, Padding P, class S, bool STREAM>
