@@ -5,9 +5,9 @@
 
 namespace {
 
-// x is rounded to a multiple of 1 / steps by adding a number in whose last bits the result then is, with
-// the bias of the exponent; what is left of x goes to a polynomial. Eight floats are looked up where one instruction
-// does that: a shorter polynomial is left, and less to wait for.
+// x is rounded to a multiple of 1 / steps by adding a number in whose last bits the result then is, with the bias of
+// the exponent; what is left of x goes to a polynomial. Eight floats are looked up where one instruction does that: a
+// shorter polynomial is left, and less to wait for.
 #if DAAM_X86 && DAAM_VECTOR_BYTES == 32
 constexpr int kFloatSteps = 8;
 
