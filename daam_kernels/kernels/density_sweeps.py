@@ -36,20 +36,18 @@ from .tiles import first_of_run, load_slices, load_tile, tile_offsets
 
 
 @triton.jit
-def sweep_statistics(
-    x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, tiles, n, inside, center, EPS: tl.constexpr,
+def sweep_mean(
+    x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, tiles, n, inside,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, AMONG_FIRST: tl.constexpr = False,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """(elements counted, x0, mean - x0, variance) of whole slices, in two sweeps; x0 is x at the largest density, or
-    at the largest AMONG_FIRST rows, those of one tile."""
+    """(elements counted, x0, mean - x0) of whole slices; x0 is the first valid x."""
     rows = tl.arange(0, BLOCK_R)
     x0 = first_of_run(
         x_ptr, x_base, x_stride_r, x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, 0, tiles, n, inside,
         PADDING, HAS_MASK, PADDED, COLUMNS, VEC, WHOLE, ACC, BLOCK_R,
     )  # fmt: skip
-
     sums = tl.zeros([BLOCK_R, BLOCK_S], ACC)
     counts = tl.zeros([BLOCK_R, BLOCK_S], ACC)
     for t in tl.range(tiles, loop_unroll_factor=2):
@@ -63,9 +61,23 @@ def sweep_statistics(
     count = tl.zeros_like(x0) + n
     if EXCLUDE:
         count = tl.sum(counts, axis=0)
-    members = counted_members(count, True)
-    mean = tl.sum(sums, axis=0) * inverse_of(members)
+    return count, x0, tl.sum(sums, axis=0) * inverse_of(counted_members(count, True))
 
+
+@triton.jit
+def sweep_statistics(
+    x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, tiles, n, inside, center, EPS: tl.constexpr,
+    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
+    COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, AMONG_FIRST: tl.constexpr = False,
+):  # fmt: skip
+    """(elements counted, x0, mean - x0, variance) of whole slices, in two sweeps; x0 is x at the largest density, or
+    at the largest AMONG_FIRST rows, those of one tile."""
+    rows = tl.arange(0, BLOCK_R)
+    count, x0, mean = sweep_mean(
+        x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, tiles, n, inside,
+        PADDING, HAS_MASK, PADDED, EXCLUDE, COLUMNS, VEC, WHOLE, ACC, BLOCK_R, BLOCK_S,
+    )  # fmt: skip
     squares = tl.zeros([BLOCK_R, BLOCK_S], ACC)
     nearest = tl.full([BLOCK_R, BLOCK_S], FAR, ACC)  # of the element nearest to the center, how far it is
     x_nearest = tl.zeros([BLOCK_R, BLOCK_S], ACC)
@@ -86,7 +98,7 @@ def sweep_statistics(
             PADDING, HAS_MASK, PADDED, EXCLUDE, COLUMNS, VEC, WHOLE, ACC,
         )  # fmt: skip
         nearest, x_nearest = nearer_of((x - x0[None, :]) - (mean + center)[None, :], x, nearest, x_nearest, domain)
-    var = variance(tl.sum(squares, axis=0), members, EPS, True, False)
+    var = variance(tl.sum(squares, axis=0), counted_members(count, True), EPS, True, False)
     found = tl.abs(nearest) < NEARER
     x_peak = value_at_peak(x_nearest, nearest, find_peak(nearest, found), found, x0)
     return count, x_peak, mean - (x_peak - x0), var

@@ -78,7 +78,8 @@ def density_launch(
     tile = cut(problem, tuned.get(problem) or ladder(problem, processors), processors)
     chunk, vec = view.length // num_heads, tile.vec
     num_partials = tile.num_blocks
-    if flags["MIXTURE"]:  # a tile each
+    unrolled = _unrolled(problem, tile)
+    if flags["MIXTURE"] and not (tile.looped and unrolled):  # a tile each
         num_partials *= max(1, tile.num_chunks) * tile.tiles
     if flags["PER_FEATURE"]:  # a tile of each slice
         num_partials = view.outer * max(1, tile.num_chunks) * tile.tiles * view.inner
@@ -106,7 +107,7 @@ def density_launch(
         "BLOCK_N": _ROWS,
         "HALF": itemsize == 2,
         "CENTRED": chunk >= _CENTRED,
-        "UNROLLED": _unrolled(tile, num_mixed, itemsize),
+        "UNROLLED": unrolled,
         **flags,
     }
     for name, (o, r, i) in zip(names, view.strides):
@@ -119,10 +120,17 @@ def density_launch(
     return DensityLaunch(values, options, tile, values["num_slices"], parameters, grid=grid)
 
 
-def _unrolled(tile: Tile, num_mixed: int, itemsize: int) -> int:
-    """The Gaussians of a mixture if a thread has registers for three numbers of each and its slices, else 0."""
-    most = 4 if itemsize == 2 else 8
-    return 0 if tile.columns or num_mixed * tile.block_s > most else num_mixed
+def _unrolled(problem: Problem, tile: Tile) -> int:
+    """The Gaussians of a mixture if a thread has registers for three numbers of each and its slices, else 0.
+
+    Backward only the looped kernel asks, whose threads have three numbers of each Gaussian beside those.
+    """
+    most = 8 if problem.itemsize > 2 and not problem.backward else 4
+    if problem.backward:
+        if problem.itemsize == 8 or (tile.columns and problem.padded):
+            return 0
+        return problem.num_mixed if problem.num_mixed <= most else 0
+    return 0 if tile.columns or problem.num_mixed * tile.block_s > most else problem.num_mixed
 
 
 def _density(flags: dict[str, Any]) -> str:

@@ -7,9 +7,11 @@ standard deviations. As for the product (see density_backward.py) x is seen from
 does not cancel where g is nearly constant and x has an offset.
 
 ``mixture_backward_resident`` reads x and the incoming gradient once and writes dx once, for slices that fit one block.
-Longer ones, of which the forward pass saved their statistics, are swept twice, by ``mixture_split_sums`` and
-``mixture_split_gradient`` (mixture_backward_split.py). Every tile writes three sums per Gaussian for the parameter
-gradients, which ``mixture_parameter_gradients`` adds in a fixed order: the same bits from run to run.
+So does ``mixture_backward_looped`` (mixture_looped.py) for a mixture where the cache holds the slices: it takes fewer
+instructions. Longer ones, of which the forward pass saved their statistics, are swept twice, by ``mixture_split_sums``
+and ``mixture_split_gradient`` (mixture_backward_split.py). Every tile, or program that loops, writes three sums per
+Gaussian for the parameter gradients, which ``mixture_parameter_gradients`` adds in a fixed order: the same bits from
+run to run.
 
 The gate and the per-feature Gaussian, which are not normalised, take the same way with less on it: S = 1 and h = q,
 there is no peak, and ``mixture_split_slopes`` sweeps split slices in the place of ``mixture_split_sums``. Parameters of
@@ -37,6 +39,7 @@ from .density_math import (
 )
 from .host import SIZES, arithmetic_type, device_of, prepare, run, viewable
 from .mixture_backward_split import mixture_split_gradient, mixture_split_slopes, mixture_split_sums
+from .mixture_looped import mixture_backward_looped
 from .mixture_math import (
     centred_gradient,
     gate_density,
@@ -166,13 +169,13 @@ def mixture_backward(
     partials = x.new_empty((heads, *sums_per_head, launch.values["num_partials"]), dtype=arithmetic_type(x))
     pointers = dict(
         x_ptr=x, g_ptr=g, dx_ptr=out, mask_ptr=mask, cu_seqlens_ptr=cu_seqlens, partials_ptr=partials,
-        log_shares_ptr=None,
+        stats_ptr=stats, log_shares_ptr=None,
     )  # fmt: skip
     pointers.update(zip(("mean_offsets_ptr", "c_ptr", "log_shares_ptr"), parameters))
     with device_of(x):
         chunks = launch.tile.num_chunks
         if not chunks:
-            run(mixture_backward_resident, launch, pointers)
+            run(mixture_backward_looped if launch.tile.looped else mixture_backward_resident, launch, pointers)
         else:
             if stats is None:  # only where the operator is called by hand: the forward pass saves them
                 stats = partials.new_empty((3, launch.num_slices))

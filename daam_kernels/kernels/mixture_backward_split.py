@@ -16,20 +16,19 @@ from .density_math import (
     finish_weights,
     input_gradient,
     load_statistics,
-    normaliser,
     partial_offsets,
     pick_first,
     reciprocal_sqrt,
     through_variance_of,
 )
 from .host import SIZES
+from .mixture_sweeps import deviations, finish_mixture_sums
 from .mixture_math import (
     centred_gradient,
     gate_density,
     gate_gradient,
     gaussian_part,
     gradient_seen_from,
-    mixture_at_peak,
     mixture_density,
     mixture_peak,
     partial_number,
@@ -45,15 +44,6 @@ from .tiles import (
     slice_offsets,
     tile_offsets,
 )
-
-
-@triton.jit
-def deviations(x, x0, mean, valid, EXCLUDE: tl.constexpr):
-    """(x - x0, x - mean) of a tile; of padding that is excluded x is taken to be x0."""
-    from_x0 = x - x0[None, :]
-    if EXCLUDE:
-        from_x0 = tl.where(valid, from_x0, 0.0)
-    return from_x0, from_x0 - mean[None, :]
 
 
 @triton.jit
@@ -203,16 +193,9 @@ def merge_mixture_sums(
     s0, q0 = merge_power(sums_ptr, 0, step, fall, there, at, field)
     s1, q1 = merge_power(sums_ptr, 1, step, fall, there, at, field)
     s2, q2 = merge_power(sums_ptr, 2, step, fall, there, at, field)
-    scale, clamped = normaliser(mixture_at_peak(top, EPS), s0, CLAMP)
-    q_mean = q0 / s0
-    away = q_mean
-    if CLAMP:
-        away = tl.where(clamped, -g0 * x0, away)  # q itself, and not q from its mean
-    first = (q1 - away * s1) * scale
-    second = (q2 - away * s2) * scale
-    if EXCLUDE:
-        first = tl.where(count < 2.0, 0.0, first)
-        second = tl.where(count < 2.0, 0.0, second)
+    scale, clamped, q_mean, first, second = finish_mixture_sums(
+        count, top, g0, x0, s0, s1, s2, q0, q1, q2, CLAMP, EXCLUDE, EPS
+    )
     return count, top, scale, clamped, g0, q_mean, first, second
 
 

@@ -103,8 +103,8 @@ def exp2_mixed(term):
 
 
 @triton.constexpr_function
-def mixes_exponentials():
-    """Whether the target is one for which ``exp2_mixed`` compiles without spills: not capability 10."""
+def spares_registers():
+    """Whether the target's compiler needs fewer registers than that of capability 10, for the same without spills."""
     target = tl.target_info.current_target()
     return target is None or target.backend != "cuda" or target.arch < 100
 
@@ -127,7 +127,7 @@ def mixture_density(
             term = mixture_term(
                 d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, EXACT, ACC
             )
-            if k == 3 and HALF and d.shape[0] % 8 == 0 and mixes_exponentials():
+            if k == 3 and HALF and d.shape[0] % 8 == 0 and spares_registers():
                 densities += exp2_mixed(term)
             elif k == 7 and ACC == tl.float32:
                 densities += exp2_polynomial(term, 5)
@@ -159,6 +159,13 @@ def mixture_peak(
 
 
 @triton.jit
+def far_from_all(total, asked):
+    """Which of the slices asked for have densities, of this sum, that must be over their peak."""
+    near = (total >= FADED) & (total <= 1.0 / FADED)  # which a NaN is not
+    return asked & (near == 0)
+
+
+@triton.jit
 def mixture_over_peak(
     d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
     UNROLLED: tl.constexpr, HALF: tl.constexpr, CLAMP: tl.constexpr, ACC: tl.constexpr,
@@ -174,8 +181,7 @@ def mixture_over_peak(
         d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, UNROLLED, HALF, False, ACC
     )
     total = tl.sum(densities, axis=0)
-    near = (total >= FADED) & (total <= 1.0 / FADED)  # which a NaN is not
-    far = asked & (near == 0)
+    far = far_from_all(total, asked)
     if tl.max(far.to(tl.int32), axis=0) > 0:
         peak = mixture_peak(d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, CLAMP, ACC)
         top = tl.where(far, peak, top)
@@ -205,9 +211,9 @@ def gaussian_part(
 ):  # fmt: skip
     """Of Gaussian k: (its part of the densities, e, e / c^2, how much of its width grows with sqrt(var)).
 
-    d is x - mean. The mixture's parts are over 2^top, to the last bit those of which ``top`` is the largest (see
-    ``fall_by``); others are as they are, and have no top. ``feature`` is what ``parameter_number`` gave. The gate's
-    Gaussians have eps added to their width; the per-feature one has c in the place of c^2.
+    d is x - mean. The mixture's parts are over 2^top; others are as they are, and have no top. ``feature`` is what
+    ``parameter_number`` gave. The gate's Gaussians have eps added to their width; the per-feature one has c in the
+    place of c^2.
     """
     grows = 1.0
     if NORMALISED:

@@ -205,7 +205,8 @@ def ladder(problem: Problem, processors: int = PROCESSORS) -> Choice:
     block_r = power_of_two(longest)
     split = block_r * narrow > largest
     # A thread of columns can go over slices by itself. Backward it has more of a row so than its registers would hold.
-    if split or problem.columns or (problem.backward and longest < _LOOPED_LENGTH[itemsize]):
+    long_row = problem.backward and (problem.density == "mixture" or longest < _LOOPED_LENGTH[itemsize])
+    if split or problem.columns or long_row:
         looped = _looped_tile(problem, narrow if split else _LOOPED_ROW // itemsize, processors)
         if looped is not None:
             return looped
@@ -250,12 +251,16 @@ def _looped_tile(problem: Problem, narrow: int, processors: int) -> Choice | Non
     """That of programs which go over their slices a tile at a time, where there are enough; ``narrow``: slices in a row
     of the columns' tile, at least."""
     itemsize, rows, available = problem.itemsize, power_of_two(problem.longest), power_of_two(problem.slices)
+    registers, each = _LOOPED_REGISTERS[problem.padded][problem.backward], _LOOPED_EACH
     if problem.columns:  # the fewer rows a tile has, the less is exchanged between threads
         of_warp, of_warp_bytes = 32 * _THREAD_ELEMENTS // (max(itemsize, 4) // 4), _LOOPED_BYTES
+        if problem.density == "mixture":  # numbers of each slice for each Gaussian: half as many warps, of more rows
+            registers, of_warp_bytes, each = _REGISTERS, 2 * of_warp_bytes, each // 2
         narrow = min(available, narrow)
         wide = max(_LOOPED_ROW // itemsize, min(of_warp, of_warp_bytes // (itemsize * rows)))
     else:  # a thread has a part of one slice, which it loads 16 bytes at a time if their addresses allow it
-        of_warp, of_warp_bytes = 32 * min(_THREAD_ELEMENTS, 16 // itemsize), _LOOPED_BYTES // 2
+        of_warp = 32 * min(_THREAD_ELEMENTS, 16 // itemsize)
+        of_warp_bytes = max(_LOOPED_BYTES // 2, 32 * _LOOPED_ELEMENTS * itemsize)
         narrow = max(1, 32 * _LOOPED_ELEMENTS // rows)
         wide = min(_LOOPED_SLICES, of_warp_bytes // (itemsize * rows)) if problem.vec * itemsize == 16 else 1
         if narrow > min(available, max(1, wide)):
@@ -263,7 +268,7 @@ def _looped_tile(problem: Problem, narrow: int, processors: int) -> Choice | Non
     block_s = min(available, max(narrow, wide))
     while True:
         num_warps = max(1, min(_WARPS_COLUMNS, rows * block_s * itemsize // of_warp_bytes))
-        enough = _programs(problem, block_s) * num_warps >= _LOOPED_EACH * processors
+        enough = _programs(problem, block_s) * num_warps >= each * processors
         if enough and _loops(problem, block_s, processors):
             break
         if block_s <= narrow:
@@ -272,15 +277,16 @@ def _looped_tile(problem: Problem, narrow: int, processors: int) -> Choice | Non
     block_r = max(1, num_warps * of_warp // block_s)
     if block_r >= problem.longest:
         return None
-    return Choice(block_r, block_s, num_warps, _LOOPED_REGISTERS[problem.padded][problem.backward])
+    return Choice(block_r, block_s, num_warps, registers)
 
 
 def _loops(problem: Problem, block_s: int, processors: int) -> bool:
     """Whether a program may go over its slices a tile at a time: each processor has one, and the cache holds what they
-    read. Only the product has such kernels."""
+    read. Only the product has such kernels, and backward the mixture."""
     fits = problem.longest * block_s * problem.itemsize <= _CACHED
-    product = problem.density == "product" and problem.num_layers == 1
-    return product and fits and _programs(problem, block_s) >= processors
+    has = problem.density == "product" and problem.num_layers == 1
+    has = has or (problem.density == "mixture" and problem.backward)
+    return has and fits and _programs(problem, block_s) >= processors
 
 
 def _programs(problem: Problem, block_s: int) -> int:

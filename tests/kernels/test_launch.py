@@ -213,6 +213,7 @@ def modes(shape, axis, heads, itemsize, **options):
     dense = torch.empty(shape, device="meta").stride()
     for names in (("y", "x"), ("dx", "x", "g")):
         flags = dict(FLAGS, PADDED=options.get("padded", False), MIXTURE=options.get("mixture", False))
+        flags["NORMALISED"] = options.get("normalised", True)
         tile = density_launch(slice_view(shape, axis, *[dense] * len(names)), names, heads, 4, itemsize, flags).tile
         yield "resident" if tile.resident else "looped" if tile.looped else "split"
 
@@ -231,7 +232,12 @@ def test_slices_that_the_cache_holds_are_looped_over(itemsize):
     rows = 1 << 15
     assert list(modes((512, rows), 1, 1, itemsize)) == ["looped", "looped"]
     assert list(modes((512, 4 * rows), 1, 1, itemsize)) == ["split", "split"]  # 256 kB of x and more
-    assert "looped" not in modes((64, 2048, 512), 1, 8, itemsize, mixture=True)  # which has no such kernels
+    assert list(modes((1, 2048, 512), 1, 1, itemsize, mixture=True)) == ["split", "split"]
+    for shape, axis, heads in (((64, 2048, 512), 1, 8), ((32, 256, 56 * 56), 1, 1), ((64, 512, 2048), 2, 8)):
+        assert list(modes(shape, axis, heads, itemsize, mixture=True)) == ["resident", "looped"]
+        gate = modes(shape, axis, heads, itemsize, mixture=True, normalised=False)
+        assert "looped" not in gate  # which has no such kernels, nor has the mixture forward
+    assert list(modes((1 << 20, 64), 1, 1, itemsize, mixture=True)) == ["resident", "resident"]  # nothing to share
 
 
 def test_the_number_of_gaussians_changes_one_block_size_alone():
@@ -400,6 +406,36 @@ def test_rows_that_are_not_looped_over_backward():
     assert looped((1 << 16, 256, 1)) and not looped((1 << 10, 256, 1))  # too few warps
     assert not looped((1 << 16, 64, 1)) and not looped((1 << 16, 301, 1))  # short; not 16 bytes at a time
     assert not (looped((1 << 16, 301, 1), 4) or looped((1 << 16, 2048, 1), 4) or looped((1 << 16, 256, 1), 8))
+
+
+@pytest.mark.parametrize("itemsize, block_r", [(2, 32), (4, 16)])
+def test_rows_of_a_mixture_share_a_warp_backward(itemsize, block_r):
+    """A thread loads 16 bytes of one slice at a time; a warp goes over 8 kB of x at most."""
+    for rows, block_s in ((128, 8), (256, 8), (1024, 8 // itemsize), (4096, max(1, 2 // itemsize)), (1 << 14, 1)):
+        problem = tiling.density_problem(view_of(1 << 14, rows, 1), 1, itemsize, True, False, 1, 4, "mixture")
+        tile = tiling.cut(problem, tiling.ladder(problem))
+        assert tile.looped and tile.block_s == block_s, rows
+        assert tile.block_r * block_s == block_r * 8 * tile.num_warps
+    few = tiling.density_problem(view_of(16, 256, 1), 1, itemsize, True, False, 1, 4, "mixture")
+    assert tiling.cut(few, tiling.ladder(few)).resident
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("shape", [(1 << 12, 2048, 1), (64, 2048, 512)], ids=["rows", "columns"])
+def test_up_to_four_gaussians_have_one_place_for_the_sums_of_all_tiles(shape, itemsize):
+    def backward(num_gaussians, heads=8, **flags):
+        flags = {**FLAGS, "MIXTURE": True, **flags}
+        outer, length, inner = shape
+        view = slice_view(shape, 1, *[(length * inner, inner, 1)] * 3)
+        return density_launch(view, ("dx", "x", "g"), heads, num_gaussians, itemsize, flags)
+
+    for k in (1, 4, 5):
+        launch = backward(k)
+        known = k if k <= 4 and itemsize < 8 else 0  # numbers of float64 take two registers
+        assert launch.tile.looped and launch.values["UNROLLED"] == known
+        assert launch.values["num_partials"] == launch.tile.num_blocks * (1 if known else launch.tile.tiles)
+    masked = backward(4, PADDED=True)
+    assert masked.values["UNROLLED"] == (4 if shape[2] == 1 and itemsize < 8 else 0)  # masks take registers in columns
 
 
 @pytest.mark.parametrize("itemsize, most", [(2, 4), (4, 8)])

@@ -17,7 +17,15 @@ from daam_kernels.kernels import density_backward, density_forward, tiling  # no
 DEVICE = device_of("triton")
 FORWARD = ["split_statistics", "split_normaliser", "split_output"]
 BACKWARD = ["mixture_split_sums", "mixture_split_gradient"]
+LOOPED = ["mixture_backward_looped"]
 LONG = {"rows": ((2, 331), 1), "columns": ((270, 8), 0), "thin columns": ((1, 331, 5), 1)}
+
+
+@pytest.fixture(params=["split", "looped"])
+def backward(request):
+    """The kernels of a backward pass over slices that no tile holds, in tiles so small that short slices are such."""
+    request.getfixturevalue({"split": "small_tiles", "looped": "looped_tiles"}[request.param])
+    return {"split": BACKWARD, "looped": LOOPED}[request.param]
 
 
 def inputs(shape, heads, dtype, *, gaussian_count=3, seed=0, mean=0.0, deviation=1.0):
@@ -38,16 +46,16 @@ def check(x, grad, parameters, **options):
     [("rows", dtype) for dtype in DTYPES] + [("columns", torch.bfloat16), ("thin columns", torch.float32)],
     ids=str,
 )
-def test_split_slices(small_tiles, launched, layout, dtype):
+def test_long_slices(backward, launched, layout, dtype):
     shape, axis = LONG[layout]
     x, grad, parameters = inputs(shape, 2, dtype, mean=3.0)
     check(x, grad, parameters, norm_axis=axis)
-    assert launched == FORWARD + BACKWARD + ["mixture_parameter_gradients"]
+    assert launched == FORWARD + backward + ["mixture_parameter_gradients"]
 
 
 @pytest.mark.parametrize("padding_stats", ["zero", "exclude"])
 @pytest.mark.parametrize("normalize, eps", [("clamp", 1e-8), ("clamp", 500.0), ("softmax", 1e-8)])
-def test_split_slices_with_padding(small_tiles, padding_stats, normalize, eps):
+def test_long_slices_with_padding(backward, padding_stats, normalize, eps):
     x, grad, parameters = inputs((2, 100, 3), 2, torch.float32, gaussian_count=2, mean=0.5)
     mask = torch.rand(2, 100, 3, generator=generator(7)).to(DEVICE) < 0.7
     mask[0, :50, 0] = False  # a slice of padding alone
@@ -70,7 +78,67 @@ def test_the_backward_finds_what_no_forward_pass_saved(small_tiles, launched):
 
 
 @pytest.mark.parametrize("padding_stats", ["zero", "exclude"])
-def test_split_slices_on_an_offset_with_a_constant_gradient(small_tiles, padding_stats):
+@pytest.mark.parametrize("dtype, gaussian_count", [(torch.float32, 3), (torch.bfloat16, 5)], ids=str)
+def test_short_columns_that_are_looped_over(looped_tiles, launched, dtype, gaussian_count, padding_stats):
+    """Slices of 5 and 6, whose statistics are found again backward."""
+    x, grad, parameters = inputs((2, 11, 70), 2, dtype, gaussian_count=gaussian_count, mean=3.0)
+    mask = torch.rand(x.shape, generator=generator(5)).to(DEVICE) < 0.7
+    mask[1, :6, 1] = False  # a slice of padding alone
+    check(x, grad, parameters, norm_axis=1, mask=mask, padding_stats=padding_stats)
+    assert launched == FORWARD + LOOPED + ["mixture_parameter_gradients"]
+
+
+@pytest.mark.parametrize("padding_stats", ["zero", "exclude"])
+def test_short_columns_whose_densities_underflow(looped_tiles, launched, padding_stats):
+    """Nothing is saved of them, so that they are far shows when they have been summed."""
+    x, grad, (mean_offsets, c, weights) = inputs((2, 11, 70), 2, torch.float64)
+    mean_offsets[0] += 80
+    mask = torch.ones_like(x, dtype=torch.bool)
+    mask[0, :5, 0] = False
+    parameters = mean_offsets, torch.full_like(c, 2.0), weights
+    options = dict(norm_axis=1, normalize="softmax", mask=mask, padding_stats=padding_stats)
+    got = evaluate("triton", x, *parameters, grad, **options)
+    expected = truth(x, *parameters, grad, **options)
+    for name, result, exact in zip(("y", "dx"), got, expected):  # the parameters' gradients cancel there
+        assert_close(result, exact, 1e-11, name)
+    assert launched == FORWARD + LOOPED + ["mixture_parameter_gradients"]
+
+
+@pytest.mark.parametrize(
+    "dtype, gaussian_count", [(torch.float32, 1), (torch.float32, 6), (torch.bfloat16, 4)], ids=str
+)
+@pytest.mark.parametrize("layout", LONG)
+def test_any_number_of_gaussians_is_looped_over(looped_tiles, launched, layout, dtype, gaussian_count):
+    """Up to four have their sums in registers over all tiles; of more, every tile writes its own."""
+    shape, axis = LONG[layout]
+    x, grad, parameters = inputs(shape, 2, dtype, gaussian_count=gaussian_count, mean=3.0)
+    check(x, grad, parameters, norm_axis=axis)
+    assert launched == FORWARD + LOOPED + ["mixture_parameter_gradients"]
+
+
+@pytest.mark.parametrize("shape, axis", [((3, 331), 1), ((331, 64), 0), ((32, 64), 0)], ids=str)
+def test_constant_slices_with_the_clamp_active_keep_their_digits(looped_tiles, launched, shape, axis):
+    """Shifting a constant slice leaves its weights, so dx is they: all else, a million times as large, cancels."""
+    x = torch.full(shape, 1000.0, device=DEVICE)
+    parameters = (torch.full((1, 1), value, device=DEVICE) for value in (1.4e-3, 2.0, 0.0))
+    y, dx, *_ = evaluate("triton", x, *parameters, torch.ones_like(x), norm_axis=axis)
+    total = (y / x).sum(axis)
+    assert (0.01 < total).all() and (total < 0.9).all(), "clamped, and not 0"
+    assert_close(dx, y / x, 5e-6)
+    assert launched[-2:] == LOOPED + ["mixture_parameter_gradients"]
+
+
+def test_nan_stays_in_its_slice_and_head(backward):
+    x, grad, parameters = inputs((2, 331, 5), 2, torch.float32)
+    x[0, 2, 1] = torch.nan
+    y, dx, *gradients = evaluate("triton", x, *parameters, grad, norm_axis=1)
+    for t in (y, dx):
+        assert t[0, :165, 1].isnan().all() and t.isnan().sum() == 165
+    assert all(g[0].isnan().all() and g[1].isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("padding_stats", ["zero", "exclude"])
+def test_long_slices_on_an_offset_with_a_constant_gradient(backward, padding_stats):
     x, _, parameters = inputs((2, 331), 2, torch.float32, mean=1e4, deviation=0.1)
     mask = torch.ones_like(x, dtype=torch.bool)
     mask[:, -5:] = padding_stats == "zero"
@@ -108,17 +176,23 @@ def test_whole_tiles_with_the_gaussians_known_to_the_compiler(monkeypatch, dtype
     assert [(values["WHOLE"], values["UNROLLED"]) for values in launches] == [(True, gaussian_count)] * 2
 
 
-@pytest.mark.parametrize("shape", [(6, 40), (2, 331)], ids=["resident", "split"])
-def test_bits_do_not_depend_on_the_run(small_tiles, shape):
+@pytest.mark.parametrize("tiles", ["resident", "small_tiles", "looped_tiles"])
+def test_bits_do_not_depend_on_the_run(request, tiles):
+    if tiles != "resident":
+        request.getfixturevalue(tiles)
+    shape = (6, 40) if tiles == "resident" else (2, 331)
     x, grad, parameters = inputs(shape, 2, torch.float32)
     first, second = (evaluate("triton", x, *parameters, grad, norm_axis=1) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert_same_bits(one, other)
 
 
-@pytest.mark.parametrize("shape", [(3, 40), (2, 331)], ids=["resident", "split"])
-def test_slices_far_from_all_gaussians(small_tiles, shape):
+@pytest.mark.parametrize("tiles", ["resident", "small_tiles", "looped_tiles"])
+def test_slices_far_from_all_gaussians(request, tiles):
     """Densities of e^-30 and less, which one head has, lose their digits unless they are over the slice's largest."""
+    if tiles != "resident":
+        request.getfixturevalue(tiles)
+    shape = (3, 40) if tiles == "resident" else (2, 331)
     x, grad, (mean_offsets, c, weights) = inputs(shape, 2, torch.float64)
     mean_offsets[0] += 16
     parameters, options = (mean_offsets, torch.full_like(c, 2.0), weights), dict(norm_axis=1, normalize="softmax")
@@ -130,7 +204,7 @@ def test_slices_far_from_all_gaussians(small_tiles, shape):
 
 @pytest.mark.parametrize("forward", ["resident", "split"])
 @pytest.mark.parametrize("padding_stats", ["zero", "exclude"])
-def test_split_slices_whose_densities_underflow(small_tiles, launched, monkeypatch, padding_stats, forward):
+def test_long_slices_whose_densities_underflow(backward, launched, monkeypatch, padding_stats, forward):
     """One head's are e^-800 and less, the other's are not; and a whole run of one slice is padding."""
     if forward == "resident":
         monkeypatch.setattr(tiling, "BUDGET", replace(tiling.BUDGET, forward_rows=1024))
@@ -144,7 +218,7 @@ def test_split_slices_whose_densities_underflow(small_tiles, launched, monkeypat
     expected = truth(x, *parameters, grad, **options)
     for name, result, exact in zip(("y", "dx"), got, expected):  # the parameters' gradients cancel there
         assert_close(result, exact, 1e-11, name)
-    assert launched == (["forward_resident"] if forward == "resident" else FORWARD) + BACKWARD + [
+    assert launched == (["forward_resident"] if forward == "resident" else FORWARD) + backward + [
         "mixture_parameter_gradients"
     ]
 
@@ -172,12 +246,12 @@ def fused(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
 
 
-@pytest.mark.parametrize("split", [False, True], ids=["resident", "split"])
+@pytest.mark.parametrize("tiles", ["resident", "small_tiles", "looped_tiles"])
 @pytest.mark.parametrize("normalize", ["clamp", "softmax"])
-def test_narrow_gaussians_stay_finite_whatever_is_fused(fused, request, normalize, split):
+def test_narrow_gaussians_stay_finite_whatever_is_fused(fused, request, normalize, tiles):
     """Terms of 1e9 and more differ by hundreds where one of them is rounded twice."""
-    if split:
-        request.getfixturevalue("small_tiles")
+    if tiles != "resident":
+        request.getfixturevalue(tiles)
     x, grad, (mean_offsets, c, weights) = inputs((40, 160), 1, torch.float32)
     parameters = mean_offsets + 3.0, torch.full_like(c, 1e-6), weights
     y, *gradients = evaluate("triton", x, *parameters, grad, norm_axis=1, normalize=normalize)

@@ -37,17 +37,22 @@ def test_split_slices(small_tiles, launched, density, features, layout, dtype):
     assert launched == FORWARD + BACKWARD[density]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("density", ["product", "mixture"])
 @pytest.mark.parametrize("features, layout", [(32, "columns"), (2, "rows")])
-def test_slices_that_are_looped_over(looped_tiles, launched, features, layout):
-    x, grad, cu_seqlens, parameters = inputs((features,), LENGTHS[layout], torch.float32, DEVICE, "product", mean=3.0)
+def test_slices_that_are_looped_over(looped_tiles, launched, features, layout, density, dtype):
+    """The mixture's sums are those of programs in float32 and of tiles in float64, which shorter sequences have fewer
+    of."""
+    x, grad, cu_seqlens, parameters = inputs((features,), LENGTHS[layout], dtype, DEVICE, density, mean=3.0)
     x = transposed(x) if layout == "rows" else x
     check("triton", x, grad, cu_seqlens, parameters)
-    assert launched == ["forward_looped", "backward_looped", "parameter_gradients"]
+    forward, mixture = (FORWARD, "mixture_") if density == "mixture" else (["forward_looped"], "")
+    assert launched == [*forward, mixture + "backward_looped", mixture + "parameter_gradients"]
 
 
 @pytest.mark.parametrize("padding_stats, eps", [("zero", 50.0), ("exclude", 1e-8)])
 @pytest.mark.parametrize("density, tiles", [
-    ("product", "small_tiles"), ("product", "looped_tiles"), ("mixture", "small_tiles")
+    ("product", "small_tiles"), ("product", "looped_tiles"), ("mixture", "small_tiles"), ("mixture", "looped_tiles")
 ])  # fmt: skip
 def test_long_slices_with_padding(request, density, tiles, padding_stats, eps):
     request.getfixturevalue(tiles)
@@ -71,7 +76,7 @@ def options_of(density, max_seqlen=None):
 
 @pytest.mark.parametrize("density, tiles", [
     ("product", None), ("product", "small_tiles"), ("product", "looped_tiles"), ("mixture", None),
-    ("mixture", "small_tiles"),
+    ("mixture", "small_tiles"), ("mixture", "looped_tiles"),
 ])  # fmt: skip
 def test_no_access_out_of_bounds(monkeypatch, request, density, tiles):
     """Every tensor lies in the middle of NaN: what is read of them shows in the results, what is written in them."""
