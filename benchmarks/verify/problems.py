@@ -97,6 +97,15 @@ def _mixture(draw: Draw, small: bool) -> Named:
 
     for name, shape, axis in _shapes(small):
         yield name, partial(call, norm_axis=axis), (draw.x(*shape), *draw.gaussians(2, 3), draw.parameter(2, 3))
+    if not small:
+        # Enough for every processor, of few Gaussians and of more, and without saved statistics.
+        for name, shape, axis, num_gaussians in (
+            (f"{COLUMNS}, short", (40, 22, 1000), 1, 3),
+            (f"{COLUMNS}, long", (20, 600, 264), 1, 6),
+            (f"{ROWS}, many", (9000, 333), -1, 4),
+        ):
+            tensors = draw.x(*shape), *draw.gaussians(2, num_gaussians), draw.parameter(2, num_gaussians)
+            yield name, partial(call, norm_axis=axis), tensors
     masked = partial(call, mask=draw.mask(4, 9), padding_stats="exclude")
     yield "masked", masked, (draw.x(4, 9), *draw.gaussians(2, 2), draw.parameter(2, 2))
 

@@ -93,6 +93,8 @@ CORE = {
     "split columns": Case((2, 16384, 64), 1, 1),
     "mixture in rows": Case((64, 2048), 1, 8, density="mixture"),
     "mixture in columns": Case((4, 2048, 512), 1, 8, density="mixture", gaussians=64),
+    "looped mixture in rows": Case((1 << 12, 2048), 1, 8, density="mixture"),
+    "looped mixture in columns": Case((16, 2048, 512), 1, 8, density="mixture"),
     "mixture in split rows": Case((1, 1 << 20), 1, 1, density="mixture", weights=True),
     "mixture in split columns": Case((2, 16384, 64), 1, 1, density="mixture"),
     "gate in rows": Case((64, 2048), 1, 1, density="gate"),
@@ -118,6 +120,17 @@ MORE = {
     "softmax and residual": Case((16, 2048), 1, 2, options={"normalize": "softmax", "residual": True}),
     "mixture in odd rows": Case((64, 333), 1, 3, density="mixture", aligned=False),
     "mixture in short columns": Case((8, 24, 1024), 1, 8, density="mixture"),
+    "looped mixture of 64 Gaussians in rows": Case((1 << 12, 4096), 1, 1, gaussians=64, density="mixture"),
+    "looped mixture of 64 Gaussians in columns": Case((16, 2048, 512), 1, 8, gaussians=64, density="mixture"),
+    "looped mixture in short columns": Case((32, 40, 5120), 1, 8, density="mixture"),
+    "looped mixture in odd columns": Case((16, 2041, 333), 1, 8, density="mixture", aligned=False),
+    "looped mixture in rows, masked": Case(
+        (1 << 12, 2048), 1, 8, mask=True, density="mixture", options={"padding_stats": "exclude"}
+    ),
+    "looped mixture in columns, masked": Case(
+        (16, 2048, 512), 1, 8, mask=True, density="mixture", options={"padding_stats": "exclude"}
+    ),
+    "looped mixture in ragged columns": Case((1 << 15, 512), 0, 8, density="mixture", sequences=(64, 1024)),
     "mixture, masked": Case((4, 512, 512), 1, 4, mask=True, density="mixture", options={"padding_stats": "exclude"}),
     "mixture, split and masked": Case(
         (1, 1 << 18), 1, 2, mask=True, density="mixture", options={"padding_stats": "exclude", "padding_value": 1.0}
@@ -225,7 +238,7 @@ READERS = {
 WRITERS = {
     *("forward_resident", "forward_looped", "split_output"),
     *("backward_resident", "backward_looped", "split_gradient"),
-    *("mixture_backward_resident", "mixture_split_gradient"),
+    *("mixture_backward_resident", "mixture_backward_looped", "mixture_split_gradient"),
     *("block_forward_resident", "block_backward_resident"),
     "additive_output",
     "pool_gradient",
