@@ -79,8 +79,8 @@ def density_launch(
     chunk, vec = view.length // num_heads, tile.vec
     num_partials = tile.num_blocks
     unrolled = _unrolled(problem, tile)
-    if flags["MIXTURE"] and not (tile.looped and unrolled):  # a tile each
-        num_partials *= max(1, tile.num_chunks) * tile.tiles
+    if flags["MIXTURE"]:  # a run each, or a tile
+        num_partials *= max(1, tile.num_chunks) * (1 if unrolled and problem.backward else tile.tiles)
     if flags["PER_FEATURE"]:  # a tile of each slice
         num_partials = view.outer * max(1, tile.num_chunks) * tile.tiles * view.inner
     values = {
@@ -123,14 +123,13 @@ def density_launch(
 def _unrolled(problem: Problem, tile: Tile) -> int:
     """The Gaussians of a mixture if a thread has registers for three numbers of each and its slices, else 0.
 
-    Backward only the looped kernel asks, whose threads have three numbers of each Gaussian beside those.
+    Backward the kernels ask that go over several tiles, whose threads add up three numbers of each Gaussian beside.
     """
-    most = 8 if problem.itemsize > 2 and not problem.backward else 4
-    if problem.backward:
-        if problem.itemsize == 8 or (tile.columns and problem.padded):
-            return 0
-        return problem.num_mixed if problem.num_mixed <= most else 0
-    return 0 if tile.columns or problem.num_mixed * tile.block_s > most else problem.num_mixed
+    if not problem.backward:
+        most = 4 if problem.itemsize == 2 else 8
+        return 0 if tile.columns or problem.num_mixed * tile.block_s > most else problem.num_mixed
+    masked = problem.padded and (tile.columns or not tile.looped)
+    return 0 if masked or problem.itemsize == 8 or problem.num_mixed > 4 else problem.num_mixed
 
 
 def _density(flags: dict[str, Any]) -> str:

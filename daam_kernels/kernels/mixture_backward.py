@@ -9,9 +9,9 @@ does not cancel where g is nearly constant and x has an offset.
 ``mixture_backward_resident`` reads x and the incoming gradient once and writes dx once, for slices that fit one block.
 So does ``mixture_backward_looped`` (mixture_looped.py) for a mixture where the cache holds the slices: it takes fewer
 instructions. Longer ones, of which the forward pass saved their statistics, are swept twice, by ``mixture_split_sums``
-and ``mixture_split_gradient`` (mixture_backward_split.py). Every tile, or program that loops, writes three sums per
-Gaussian for the parameter gradients, which ``mixture_parameter_gradients`` adds in a fixed order: the same bits from
-run to run.
+and ``mixture_split_gradient`` (mixture_backward_split.py). Every tile writes three sums per Gaussian for the parameter
+gradients, or every program those of all its tiles, which ``mixture_parameter_gradients`` adds in a fixed order: the
+same bits from run to run.
 
 The gate and the per-feature Gaussian, which are not normalised, take the same way with less on it: S = 1 and h = q,
 there is no peak, and ``mixture_split_slopes`` sweeps split slices in the place of ``mixture_split_sums``. Parameters of

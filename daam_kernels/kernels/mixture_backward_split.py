@@ -2,7 +2,7 @@
 
 ``mixture_split_sums``, or ``mixture_split_slopes`` of a density that is not normalised, and ``mixture_split_gradient``
 read x and the incoming gradient once each, and what the forward pass saved; the second writes dx, and three sums per
-Gaussian and tile for the parameter gradients.
+Gaussian and tile, or run, for the parameter gradients.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import triton.language as tl
 from .density_math import (
     FAR,
     counted_members,
-    finish_weights,
     input_gradient,
     load_statistics,
     partial_offsets,
@@ -22,20 +21,17 @@ from .density_math import (
     through_variance_of,
 )
 from .host import SIZES
-from .mixture_sweeps import deviations, finish_mixture_sums
-from .mixture_math import (
-    centred_gradient,
-    gate_density,
-    gate_gradient,
-    gaussian_part,
-    gradient_seen_from,
-    mixture_density,
-    mixture_peak,
-    partial_number,
-    slopes,
+from .mixture_math import gate_density, gate_gradient, partial_number, slopes
+from .mixture_sweeps import (
+    deviations,
+    finish_mixture_sums,
+    load_narrow_gaussians,
+    seen_from_nowhere,
+    sweep_mixture_gradient,
+    sweep_mixture_sums,
+    sweep_peak,
 )
 from .tiles import (
-    first_valid,
     load_slices,
     load_tile,
     parameter_number,
@@ -46,27 +42,6 @@ from .tiles import (
 )
 
 
-@triton.jit
-def run_peak(
-    x_ptr, mask_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr, x_base, mask_base, x0, mean, rstd, first, n, inside,
-    head, num_gaussians, tiles, x_stride_r, mask_stride_r,
-    PADDING: tl.constexpr, HAS_MASK: tl.constexpr, EXCLUDE: tl.constexpr, CLAMP: tl.constexpr, ACC: tl.constexpr,
-    COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """The largest term of a run of each slice, whose first row is ``first``, as log2: see ``mixture_peak``."""
-    peak = tl.zeros_like(rstd) - FAR
-    for tile in range(tiles):
-        r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        x, _, _, domain = load_slices(
-            x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, r, n, inside,
-            PADDING, HAS_MASK, EXCLUDE, EXCLUDE, COLUMNS, VEC, WHOLE, ACC,
-        )  # fmt: skip
-        _from_x0, d = deviations(x, x0, mean, domain, EXCLUDE)
-        found = mixture_peak(d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, CLAMP, ACC)
-        peak = tl.maximum(peak, found)
-    return peak
-
-
 @triton.jit(do_not_specialize=SIZES)
 def mixture_split_sums(
     x_ptr, g_ptr, mask_ptr, cu_seqlens_ptr, stats_ptr, sums_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr,
@@ -74,8 +49,8 @@ def mixture_split_sums(
     x_stride_o, x_stride_r, x_stride_i, g_stride_o, g_stride_r, g_stride_i,
     mask_stride_o, mask_stride_r, mask_stride_i,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
-    CLAMP: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    CLAMP: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr,
+    UNROLLED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Reads x and g; writes what ``merge_mixture_sums`` needs of each run: 9 numbers, [9, chunks, slices].
 
@@ -94,59 +69,19 @@ def mixture_split_sums(
     top = tl.zeros([BLOCK_S], ACC)
     far = marked < 0.0
     if tl.max(far.to(tl.int32), axis=0) > 0:
-        peak = run_peak(
-            x_ptr, mask_ptr, mean_offsets_ptr, c_ptr, log_shares_ptr, x_base, mask_base,
-            x0, mean, rstd, first, n, inside, head, num_gaussians, tiles, x_stride_r, mask_stride_r,
-            PADDING, HAS_MASK, EXCLUDE, CLAMP, ACC, COLUMNS, VEC, WHOLE, BLOCK_R,
+        peak = sweep_peak(
+            x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, first, tiles, n, inside, x0, mean, rstd,
+            mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
+            PADDING, HAS_MASK, EXCLUDE, CLAMP, COLUMNS, VEC, WHOLE, ACC, BLOCK_R,
         )  # fmt: skip
         top = tl.where(far, peak, top)
-
-    count = tl.zeros([BLOCK_S], ACC)
-    seen = tl.zeros([BLOCK_S], ACC)
-    g0 = tl.zeros([BLOCK_S], ACC)
-    s0 = tl.zeros([BLOCK_S], ACC)
-    s1 = tl.zeros([BLOCK_S], ACC)
-    s2 = tl.zeros([BLOCK_S], ACC)
-    q0 = tl.zeros([BLOCK_S], ACC)
-    q1 = tl.zeros([BLOCK_S], ACC)
-    q2 = tl.zeros([BLOCK_S], ACC)
-    for tile in range(tiles):
-        r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        x, within, valid, domain = load_slices(
-            x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, r, n, inside,
-            PADDING, HAS_MASK, PADDED, EXCLUDE, COLUMNS, VEC, WHOLE, ACC,
-        )  # fmt: skip
-        g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
-        if PADDED:
-            g = tl.where(valid, g, 0.0)
-        from_x0, d = deviations(x, x0, mean, valid, EXCLUDE)
-        # g0 is the run's first valid g. Until there is one g is 0, and the sums of q become those seen from g0.
-        found = tl.where(seen == 0.0, first_valid(g_ptr, g_base, valid, r, g_stride_r, BLOCK_R, COLUMNS, VEC), g0)
-        step = (g0 - found.to(ACC)) * x0
-        g0 = found.to(ACC)
-        seen += tl.sum(valid.to(ACC), axis=0)
-        count += tl.sum(domain.to(ACC), axis=0)
-
-        by_one = tl.zeros_like(d)
-        by_e = tl.zeros_like(d)
-        by_ee = tl.zeros_like(d)
-        for k in range(num_gaussians):
-            part, e, over_width, _grows = gaussian_part(
-                d, rstd, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, number, inside, num_gaussians,
-                EPS, CLAMP, True, False, ACC,
-            )  # fmt: skip
-            part = tl.where(domain, part, 0.0)
-            by_one += part
-            part *= over_width
-            by_e += part
-            by_ee += part * e
-        q = gradient_seen_from(g, from_x0, x0, g0)
-        q0 += step * s0 + tl.sum(by_one * q, axis=0)
-        q1 += step * s1 + tl.sum(by_e * q, axis=0)
-        q2 += step * s2 + tl.sum(by_ee * q, axis=0)
-        s0 += tl.sum(by_one, axis=0)
-        s1 += tl.sum(by_e, axis=0)
-        s2 += tl.sum(by_ee, axis=0)
+    gaussians = load_narrow_gaussians(mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, UNROLLED, ACC)
+    count, g0, s0, s1, s2, q0, q1, q2 = sweep_mixture_sums(
+        x_ptr, x_base, x_stride_r, g_ptr, g_base, g_stride_r, mask_ptr, mask_base, mask_stride_r,
+        first, tiles, n, inside, x0, mean, rstd, top,
+        gaussians, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
+        PADDING, HAS_MASK, PADDED, EXCLUDE, CLAMP, COLUMNS, VEC, WHOLE, ACC, UNROLLED, BLOCK_R, BLOCK_S,
+    )  # fmt: skip
     at = sums_ptr + number + tl.program_id(1) * slices
     field = slices * num_chunks
     tl.store(at, count, mask=inside)
@@ -273,9 +208,10 @@ def mixture_split_gradient(
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr,
     CLAMP: tl.constexpr, EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_FEATURE: tl.constexpr,
     MULTIPLY: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr, UNROLLED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Reads x and g, writes dx, and three sums per Gaussian and tile."""
+    """Reads x and g, writes dx, and three sums per Gaussian and tile, or run where the Gaussians are UNROLLED."""
     head, block, start, n, o, i, inside = program_slices(
         cu_seqlens_ptr, num_heads, chunk, length, outer, inner, COLUMNS, VEC, BLOCK_S
     )
@@ -289,51 +225,55 @@ def mixture_split_gradient(
     var = tl.abs(var)
     rstd = reciprocal_sqrt(var)
     feature = parameter_number(head, i, inner, COLUMNS, VEC)
+    first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     if NORMALISED:
         count, top, scale, clamped, g0, q_mean, sum_slopes, sum_e = merge_mixture_sums(
             sums_ptr, number, slices, num_chunks, inside, x0, CLAMP, EXCLUDE, EPS, BLOCK_C
         )
     else:
-        top = rstd  # of no use there
         count, sum_slopes, sum_e = merge_slopes(sums_ptr, number, slices, num_chunks, inside, BLOCK_C)
     members = counted_members(count, NORMALISED)
     mean_slope = sum_slopes / members
     through_var = through_variance_of(sum_e, rstd, var, members, NORMALISED, PER_FEATURE)
-
-    first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
-    for tile in range(tiles):
-        r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        x, within, valid, domain = load_slices(
-            x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, r, n, inside,
-            PADDING, HAS_MASK, PADDED, EXCLUDE, COLUMNS, VEC, WHOLE, ACC,
+    if NORMALISED:
+        g0, q_mean, h_scale = seen_from_nowhere(count, g0, q_mean, scale, clamped, CLAMP, EXCLUDE)
+        gaussians = load_narrow_gaussians(mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, UNROLLED, ACC)
+        run = block * num_chunks + tl.program_id(1)
+        sweep_mixture_gradient(
+            x_ptr, x_base, x_stride_r, g_ptr, g_base, g_stride_r, dx_ptr, dx_base, dx_stride_r,
+            mask_ptr, mask_base, mask_stride_r, first, tiles, n, inside,
+            count, g0, scale, q_mean, h_scale, mean_slope, through_var, x0, mean, rstd, top,
+            gaussians, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr, head,
+            run if UNROLLED > 0 else run * tiles, num_gaussians, num_partials,
+            PADDING, HAS_MASK, PADDED, EXCLUDE, CLAMP, RESIDUAL, COLUMNS, VEC, WHOLE, ACC, UNROLLED, BLOCK_R, BLOCK_S,
         )  # fmt: skip
-        g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
-        g_valid = g
-        if PADDED:
-            g_valid = tl.where(valid, g, 0.0)
-        from_x0, d = deviations(x, x0, mean, valid, EXCLUDE)
-        if NORMALISED:
-            densities = mixture_density(
-                d, rstd, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians, 0, False,
-                not CLAMP, ACC,
+    else:
+        for tile in range(tiles):
+            r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
+            x, within, valid, domain = load_slices(
+                x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, r, n, inside,
+                PADDING, HAS_MASK, PADDED, EXCLUDE, COLUMNS, VEC, WHOLE, ACC,
             )  # fmt: skip
-            weights = finish_weights(densities, scale, valid, count, EXCLUDE)
-            q = gradient_seen_from(g_valid, from_x0, x0, g0)
-            h = centred_gradient(q, q_mean, g_valid, x, scale, domain, count, clamped, CLAMP, EXCLUDE)
-        else:
+            g = load_tile(g_ptr, g_base, r, g_stride_r, within, COLUMNS, VEC, ACC)
+            g_valid = g
+            if PADDED:
+                g_valid = tl.where(valid, g, 0.0)
+            _from_x0, d = deviations(x, x0, mean, valid, EXCLUDE)
             weights = gate_density(
                 d, rstd, domain, mean_offsets_ptr, c_ptr, log_shares_ptr, head, feature, inside, num_gaussians,
                 EPS, PER_FEATURE, ACC,
             )  # fmt: skip
             h = gate_gradient(g, g_valid, x, domain, MULTIPLY)
-        partial = partial_number(block, o, i, inner, tile, tiles, num_chunks, PER_FEATURE, COLUMNS, VEC)
-        slope, _first, _second = slopes(
-            d, rstd, h, domain, top, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
-            head, feature, inside, partial, num_gaussians, num_partials, EPS, CLAMP, NORMALISED, PER_FEATURE, ACC,
-        )  # fmt: skip
-        if not MULTIPLY:  # y is not made of x itself
-            g = tl.zeros_like(g)
-        through = through_var[None, :] * (d * rstd[None, :])
-        dx = input_gradient(g, weights, through, slope - mean_slope[None, :], mean_slope, rstd, valid, PADDED, RESIDUAL)
-        at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)
+            partial = partial_number(block, o, i, inner, tile, tiles, num_chunks, PER_FEATURE, COLUMNS, VEC)
+            slope, _first, _second = slopes(
+                d, rstd, h, domain, rstd, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr,
+                head, feature, inside, partial, num_gaussians, num_partials, EPS, CLAMP, False, PER_FEATURE, ACC,
+            )  # fmt: skip
+            if not MULTIPLY:  # y is not made of x itself
+                g = tl.zeros_like(g)
+            through = through_var[None, :] * (d * rstd[None, :])
+            dx = input_gradient(
+                g, weights, through, slope - mean_slope[None, :], mean_slope, rstd, valid, PADDED, RESIDUAL
+            )
+            at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
+            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)

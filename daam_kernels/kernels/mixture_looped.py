@@ -9,17 +9,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .density_math import load_statistics, reciprocal_sqrt
+from .density_math import counted_members, load_statistics, reciprocal_sqrt, through_variance_of
 from .host import SIZES
 from .mixture_math import far_from_all
 from .mixture_sweeps import (
     clear_partials,
     finish_mixture_sums,
     load_narrow_gaussians,
+    seen_from_nowhere,
     sweep_peak,
     sweep_mixture_gradient,
     sweep_mixture_statistics,
     sweep_mixture_sums,
+    sweep_slopes,
 )
 from .tiles import program_slices, slice_number, slice_offsets
 
@@ -91,11 +93,24 @@ def mixture_backward_looped(
     scale, clamped, q_mean, sum_slopes, sum_e = finish_mixture_sums(
         count, top, g0, x0, s0, s1, s2, q0, q1, q2, CLAMP, EXCLUDE, EPS
     )
+    members = counted_members(count, True)
+    mean_slope = sum_slopes / members
+    g0, q_mean, h_scale = seen_from_nowhere(count, g0, q_mean, scale, clamped, CLAMP, EXCLUDE)
+    if CLAMP:
+        if tl.max(clamped.to(tl.int32), axis=0) > 0:
+            left = sweep_slopes(
+                x_ptr, x_base, x_stride_r, g_ptr, g_base, g_stride_r, mask_ptr, mask_base, mask_stride_r,
+                own_tiles, n, inside, x0, mean, rstd, top, g0, q_mean, h_scale, mean_slope,
+                gaussians, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
+                PADDING, HAS_MASK, PADDED, EXCLUDE, COLUMNS, VEC, WHOLE, ACC, UNROLLED, BLOCK_R, BLOCK_S,
+            )  # fmt: skip
+            mean_slope += tl.where(clamped, left / members, 0.0)
+    through_var = through_variance_of(sum_e, rstd, var, members, True, False)
     partial = block if UNROLLED > 0 else block * tiles
     sweep_mixture_gradient(
         x_ptr, x_base, x_stride_r, g_ptr, g_base, g_stride_r, dx_ptr, dx_base, dx_stride_r,
-        mask_ptr, mask_base, mask_stride_r, own_tiles, n, inside,
-        count, g0, scale, clamped, q_mean, sum_slopes, sum_e, x0, mean, rstd, top,
+        mask_ptr, mask_base, mask_stride_r, 0, own_tiles, n, inside,
+        count, g0, scale, q_mean, h_scale, mean_slope, through_var, x0, mean, rstd, top,
         gaussians, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr, head, partial, num_gaussians, num_partials,
         PADDING, HAS_MASK, PADDED, EXCLUDE, CLAMP, RESIDUAL, COLUMNS, VEC, WHOLE, ACC, UNROLLED, BLOCK_R, BLOCK_S,
     )  # fmt: skip

@@ -267,6 +267,17 @@ def save_slopes(
 
 
 @triton.jit
+def seen_from_nowhere(count, g0, q_mean, scale, clamped, CLAMP: tl.constexpr, EXCLUDE: tl.constexpr):
+    """(g0, mean of q, factor) for h: where the clamp is active it is g x, which q is if seen from nowhere."""
+    if CLAMP:
+        g0 = tl.where(clamped, 0.0, g0)
+        q_mean = tl.where(clamped, 0.0, q_mean)
+    if EXCLUDE:
+        scale = tl.where(count < 2.0, 0.0, scale)
+    return g0, q_mean, scale
+
+
+@triton.jit
 def load_gradient(
     x_ptr, x_base, x_stride_r, g_ptr, g_base, g_stride_r, mask_ptr, mask_base, mask_stride_r,
     r, n, inside, x0, mean, rstd, g0, q_mean, scale,
@@ -324,36 +335,19 @@ def sweep_slopes(
 @triton.jit
 def sweep_mixture_gradient(
     x_ptr, x_base, x_stride_r, g_ptr, g_base, g_stride_r, dx_ptr, dx_base, dx_stride_r,
-    mask_ptr, mask_base, mask_stride_r, tiles, n, inside,
-    count, g0, scale, clamped, q_mean, sum_slopes, sum_e, x0, mean, rstd, top,
+    mask_ptr, mask_base, mask_stride_r, first, tiles, n, inside,
+    count, g0, scale, q_mean, h_scale, mean_slope, through_var, x0, mean, rstd, top,
     gaussians, mean_offsets_ptr, c_ptr, log_shares_ptr, partials_ptr, head, partial, num_gaussians, num_partials,
     PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PADDED: tl.constexpr, EXCLUDE: tl.constexpr, CLAMP: tl.constexpr,
     RESIDUAL: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
     UNROLLED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Writes dx of whole slices, and three sums per Gaussian: of all tiles together at ``partial`` where the Gaussians
-    are UNROLLED, else of each tile, from ``partial`` on."""
-    members = counted_members(count, True)
-    mean_slope = sum_slopes / members
-    through_var = sum_e * rstd / (members - 1.0)
-    h_scale = scale
-    if EXCLUDE:
-        h_scale = tl.where(count < 2.0, 0.0, scale)
-    if CLAMP:  # h is g x then, which q is if seen from nowhere
-        g0 = tl.where(clamped, 0.0, g0)
-        q_mean = tl.where(clamped, 0.0, q_mean)
-        if tl.max(clamped.to(tl.int32), axis=0) > 0:
-            left = sweep_slopes(
-                x_ptr, x_base, x_stride_r, g_ptr, g_base, g_stride_r, mask_ptr, mask_base, mask_stride_r,
-                tiles, n, inside, x0, mean, rstd, top, g0, q_mean, h_scale, mean_slope,
-                gaussians, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
-                PADDING, HAS_MASK, PADDED, EXCLUDE, COLUMNS, VEC, WHOLE, ACC, UNROLLED, BLOCK_R, BLOCK_S,
-            )  # fmt: skip
-            mean_slope += tl.where(clamped, left / members, 0.0)
+    """Writes dx of ``tiles`` tiles from row ``first`` on, and three sums per Gaussian: of all tiles together at
+    ``partial`` where the Gaussians are UNROLLED, else of each tile, from ``partial`` on."""
     loaded: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     sums = no_sums(3 * UNROLLED, COLUMNS, loaded, ACC, BLOCK_R, BLOCK_S)
     for tile in range(tiles):
-        r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
         g, within, valid, domain, z, h = load_gradient(
             x_ptr, x_base, x_stride_r, g_ptr, g_base, g_stride_r, mask_ptr, mask_base, mask_stride_r,
             r, n, inside, x0, mean, rstd, g0, q_mean, h_scale,
@@ -389,7 +383,7 @@ def sweep_mixture_gradient(
                 )  # fmt: skip
         weights = finish_weights(densities, scale, valid, count, EXCLUDE)
         dx = input_gradient(
-            g, weights, z, through_var, by_e - mean_slope[None, :], mean_slope, rstd, valid, PADDED, RESIDUAL
+            g, weights, through_var[None, :] * z, by_e - mean_slope[None, :], mean_slope, rstd, valid, PADDED, RESIDUAL
         )
         at = tile_offsets(dx_base, r, dx_stride_r, COLUMNS, VEC)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=within)

@@ -438,6 +438,16 @@ def test_up_to_four_gaussians_have_one_place_for_the_sums_of_all_tiles(shape, it
     assert masked.values["UNROLLED"] == (4 if shape[2] == 1 and itemsize < 8 else 0)  # masks take registers in columns
 
 
+@pytest.mark.parametrize("num_gaussians, padded, known", [(4, False, 4), (4, True, 0), (5, False, 0)])
+def test_up_to_four_gaussians_have_one_place_for_the_sums_of_a_run(num_gaussians, padded, known):
+    view = slice_view((1, 1 << 20), 1, *[(1 << 20, 1)] * 3)
+    flags = dict(FLAGS, MIXTURE=True, PADDED=padded)
+    launch = density_launch(view, ("dx", "x", "g"), 1, num_gaussians, 4, flags)
+    tile = launch.tile
+    assert tile.num_chunks > 1 and launch.values["UNROLLED"] == known
+    assert launch.values["num_partials"] == tile.num_blocks * tile.num_chunks * (1 if known else tile.tiles)
+
+
 @pytest.mark.parametrize("itemsize, most", [(2, 4), (4, 8)])
 def test_few_gaussians_of_a_mixture_are_known_to_the_compiler(itemsize, most):
     def unrolled(shape, num_gaussians, **flags):
