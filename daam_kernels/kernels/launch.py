@@ -106,7 +106,7 @@ def density_launch(
         "BLOCK_F": min(_FEATURES, power_of_two(view.inner)),
         "BLOCK_N": _ROWS,
         "HALF": itemsize == 2,
-        "CENTRED": chunk >= _CENTRED,
+        "CENTRED": chunk >= _CENTRED and vec * itemsize == 16 and not flags["PADDED"],  # others would spill
         "UNROLLED": unrolled,
         **flags,
     }

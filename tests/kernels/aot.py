@@ -46,6 +46,7 @@ class Case:
     aligned: bool = True
     mask: bool = False
     weights: bool = False
+    inference: bool = False  # forward alone, and no statistics saved
     density: str = "product"
     sequences: tuple[int, int] | None = None
     layers: int = 1
@@ -89,6 +90,7 @@ CORE = {
     "columns": Case((1, 1024, 512), 1, 8, gaussians=64),
     "many rows": Case((1 << 14, 512), 1, 1, gaussians=64),
     "looped columns": Case((8, 2048, 512), 1, 8),
+    "looped columns, inference": Case((8, 2048, 512), 1, 8, inference=True),
     "split rows": Case((1, 1 << 20), 1, 1, weights=True),
     "split columns": Case((2, 16384, 64), 1, 1),
     "mixture in rows": Case((64, 2048), 1, 8, density="mixture"),
@@ -113,6 +115,7 @@ MORE = {
     "looped rows": Case((256, 1 << 15), 1, 1, gaussians=64, weights=True),
     "looped columns, masked": Case((8, 2048, 512), 1, 8, mask=True, options={"padding_stats": "exclude"}),
     "odd looped columns": Case((8, 2041, 333), 1, 8, aligned=False),
+    "uneven looped columns, inference": Case((8, 2040, 512), 1, 8, weights=True, inference=True),
     "thin columns": Case((4, 65536, 8), 1, 1),
     "padded": Case((16, 2048), 1, 8, options={"padding_value": 0.0}),
     "masked": Case((4, 512, 512), 1, 4, mask=True, options={"padding_stats": "exclude"}),
@@ -348,7 +351,7 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
         chosen = chosen._replace(max_seqlen=max_seqlen)
     log_shares = torch.zeros_like(parameters[0]) if case.density in ("mixture", "gate") else None
     stats = _new_stats(x, parameters[0], cu_seqlens, chosen, "triton")
-    stats = None if name in STRAIGHT or not stats.numel() else stats
+    stats = None if name in STRAIGHT or case.inference or not stats.numel() else stats
     with RecordingDriver(TARGETS[target]) as driver:
         if case.layers > 1:
             layers = [[t] * case.layers for t in parameters]
@@ -358,7 +361,8 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
         weights = torch.empty_like(x) if case.weights else None
         last = log_shares, cu_seqlens
         density_forward.density_forward(x, *parameters, mask, chosen, torch.empty_like(x), weights, stats, *last)
-        density_backward.density_backward(torch.empty_like(x), x, *parameters, mask, stats, chosen, *last)
+        if not case.inference:
+            density_backward.density_backward(torch.empty_like(x), x, *parameters, mask, stats, chosen, *last)
     kernels = _statistics_of(driver.launches, jitted, target)
     if name in STRAIGHT and target == "sm_90":
         kernels[0].update(_count_instructions(driver.launches[0], jitted))
