@@ -77,27 +77,6 @@ def test_contract_at_the_size_of_the_page(norm_axis, dtype, row, num_gaussians):
                     assert_contract(got, expected, dtype, f"offsets={offsets}, c={width}")
 
 
-@pytest.fixture
-def launched_by_one(monkeypatch):
-    """The kernels launched, on a GPU said to have one processor: few programs are enough to go over slices by tiles."""
-    pytest.importorskip("triton")
-    from daam_kernels.kernels import density_backward, density_forward, host
-    from daam_kernels.kernels.remembered import forget_launches
-
-    launched = []
-    for module in (density_forward, density_backward):
-
-        def run(kernel, *args, original=module.run, **kwargs):
-            launched.append(kernel.fn.__name__)
-            original(kernel, *args, **kwargs)
-
-        monkeypatch.setattr(module, "run", run)
-    monkeypatch.setattr(host, "processors", lambda device: 1)
-    forget_launches()
-    yield launched
-    forget_launches()
-
-
 def check_what_is_looped_over(shape, axis, row, dtype, heads):
     mean, deviation = ROWS[row]
     x, mean_offsets, c, grad = problem(shape, heads, 5, dtype, mean=mean, deviation=deviation, offsets=0.05 * deviation)
