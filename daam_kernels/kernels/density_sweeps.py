@@ -178,7 +178,8 @@ def sweep_sums(
     q0 = tl.zeros([BLOCK_R, BLOCK_S], ACC)
     q1 = tl.zeros([BLOCK_R, BLOCK_S], ACC)
     q2 = tl.zeros([BLOCK_R, BLOCK_S], ACC)
-    for tile in tl.range(tiles, loop_unroll_factor=2):
+    unrolled: tl.constexpr = 1 if ACC == tl.float64 else 2  # numbers of float64 take two registers
+    for tile in tl.range(tiles, loop_unroll_factor=unrolled):
         r = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
         x, within, valid, domain = load_slices(
             x_ptr, x_base, x_stride_r, mask_ptr, mask_base, mask_stride_r, r, n, inside,

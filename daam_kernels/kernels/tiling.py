@@ -251,7 +251,8 @@ def _looped_tile(problem: Problem, narrow: int, processors: int) -> Choice | Non
     """That of programs which go over their slices a tile at a time, where there are enough; ``narrow``: slices in a row
     of the columns' tile, at least."""
     itemsize, rows, available = problem.itemsize, power_of_two(problem.longest), power_of_two(problem.slices)
-    registers, each = _LOOPED_REGISTERS[problem.padded][problem.backward], _LOOPED_EACH
+    registers = _REGISTERS if itemsize == 8 else _LOOPED_REGISTERS[problem.padded][problem.backward]
+    each = _LOOPED_EACH
     if problem.columns:  # the fewer rows a tile has, the less is exchanged between threads
         of_warp, of_warp_bytes = 32 * _THREAD_ELEMENTS // (max(itemsize, 4) // 4), _LOOPED_BYTES
         if problem.density == "mixture":  # numbers of each slice for each Gaussian: half as many warps, of more rows

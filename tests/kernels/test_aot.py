@@ -77,7 +77,7 @@ def test_kernels_compile_without_faults(compiled, name, dtype, target):
     elif "looped" in name or name == "ragged columns":
         assert launched == ways["looped", "looped"]
     elif "many rows" in name:
-        assert launched == ways["resident", "looped"]
+        assert launched == ways["resident", "resident" if dtype == "fp64" else "looped"]
     else:  # some are split or looped over in the backward pass alone
         assert launched in [way for (f, _), way in ways.items() if f == "resident"] + [ways["looped", "looped"]]
 
