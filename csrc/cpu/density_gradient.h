@@ -22,9 +22,9 @@ DAAM_INLINE Lanes sum_of_slopes(const Lanes& of_densities, const Lanes& of_q, co
   return of_q - mean_q * of_densities;
 }
 
-// The other two are found. Writes p, still without the normaliser's factor, over q. Columns ask for the next gradients here, rows for every other
-// line of them, and for the next x in the sweep before: a processor can wait for some twenty lines at a time, and those of
-// both at once would be more.
+// Finds the other two. Writes p, still without the normaliser's factor, over q. Columns ask for the next gradients here,
+// rows for every other line of them, and for the next x in the sweep before: a processor can wait for some twenty lines
+// at a time, and those of both at once would be more.
 template <class T, class L>
 void find_slopes(const Group<T>& g, const Origin<T>& o, const V<T>& mean_q, Slopes<T>& found) {
   constexpr int N = Vector<T>::N;

@@ -15,8 +15,8 @@ from ..sequences import packing
 from ..slices import packed_view, slice_view, with_views
 from .direct import Given, Plan
 from .launch import DensityLaunch, Launch, density_launch
-from .tiling import PROCESSORS
 from .remembered import remembered
+from .tiling import PROCESSORS
 from .tuning import tuned_choices
 
 # Plain numbers: what divides them is told to the compiler by VEC, so their values must not make new kernels.

@@ -17,10 +17,10 @@ from .mixture_sweeps import (
     finish_mixture_sums,
     load_narrow_gaussians,
     seen_from_nowhere,
-    sweep_peak,
     sweep_mixture_gradient,
     sweep_mixture_statistics,
     sweep_mixture_sums,
+    sweep_peak,
     sweep_slopes,
 )
 from .tiles import program_slices, slice_number, slice_offsets

@@ -19,11 +19,11 @@ from .density_math import (
 )
 from .density_sweeps import sweep_mean
 from .mixture_math import (
-    gradient_seen_from,
-    mixture_at_peak,
-    fall_by,
-    load_gaussian,
     LOWEST,
+    fall_by,
+    gradient_seen_from,
+    load_gaussian,
+    mixture_at_peak,
     narrowness_of,
     spares_registers,
 )
