@@ -34,6 +34,7 @@ from .density_math import (
     input_gradient,
     normaliser,
     reciprocal_sqrt,
+    relative_gradient,
     through_variance_of,
     tile_statistics,
 )
@@ -44,7 +45,6 @@ from .mixture_math import (
     centred_gradient,
     gate_density,
     gate_gradient,
-    gradient_seen_from,
     mixture_at_peak,
     mixture_over_peak,
     partial_number,
@@ -115,7 +115,7 @@ def mixture_backward_resident(
         x_largest = tl.max(tl.where(largest, x, -FAR), axis=0)
         from_largest = tl.where(domain, x - x_largest[None, :], 0.0)
         g0 = tl.sum(weights * g_valid, axis=0)
-        q = gradient_seen_from(g_valid, from_largest, x_largest, g0)
+        q = relative_gradient(g_valid, from_largest, x_largest, g0, tl.zeros_like(g0))
         q_mean = tl.sum(weights * q, axis=0)
         h = centred_gradient(q, q_mean, g_valid, x, scale, domain, count, clamped, CLAMP, EXCLUDE)
     else:

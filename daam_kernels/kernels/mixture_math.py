@@ -269,12 +269,6 @@ def merge_mixture(partials_ptr, number, num_slices, num_chunks, inside, BLOCK_C:
 
 
 @triton.jit
-def gradient_seen_from(g_valid, from_x0, x0, g0):
-    """q = x0 (g - g0) + g (x - x0) of a tile, for any x0 and g0 of its slices."""
-    return (g_valid - g0[None, :]) * x0[None, :] + g_valid * from_x0
-
-
-@triton.jit
 def centred_gradient(
     q, q_mean, g_valid, x, scale, domain, count, clamped, CLAMP: tl.constexpr, EXCLUDE: tl.constexpr
 ):  # fmt: skip

@@ -15,13 +15,14 @@ from .density_math import (
     finish_weights,
     input_gradient,
     normaliser,
+    relative_gradient,
+    unless_clamped,
     variance,
 )
 from .density_sweeps import sweep_mean
 from .mixture_math import (
     LOWEST,
     fall_by,
-    gradient_seen_from,
     load_gaussian,
     mixture_at_peak,
     narrowness_of,
@@ -185,7 +186,7 @@ def sweep_mixture_sums(
         for k in range(0 if UNROLLED > 0 else num_gaussians):
             gaussian = load_narrow_gaussian(mean_offsets_ptr, c_ptr, log_shares_ptr, head, k, num_gaussians, ACC)
             by_one, by_e, by_ee = add_powers(by_one, by_e, by_ee, z, rstd, top, domain, gaussian, CLAMP)
-        q = gradient_seen_from(g, from_x0, x0, g0)
+        q = relative_gradient(g, from_x0, x0, g0, tl.zeros_like(g0))
         s0 += by_one
         s1 += by_e
         s2 += by_ee
@@ -269,12 +270,9 @@ def save_slopes(
 @triton.jit
 def seen_from_nowhere(count, g0, q_mean, scale, clamped, CLAMP: tl.constexpr, EXCLUDE: tl.constexpr):
     """(g0, mean of q, factor) for h: where the clamp is active it is g x, which q is if seen from nowhere."""
-    if CLAMP:
-        g0 = tl.where(clamped, 0.0, g0)
-        q_mean = tl.where(clamped, 0.0, q_mean)
     if EXCLUDE:
         scale = tl.where(count < 2.0, 0.0, scale)
-    return g0, q_mean, scale
+    return unless_clamped(g0, clamped, CLAMP), unless_clamped(q_mean, clamped, CLAMP), scale
 
 
 @triton.jit
@@ -294,7 +292,7 @@ def load_gradient(
     if PADDED:
         g_valid = tl.where(valid, g, 0.0)
     from_x0, d = deviations(x, x0, mean, valid, EXCLUDE)
-    h = (gradient_seen_from(g_valid, from_x0, x0, g0) - q_mean[None, :]) * scale[None, :]
+    h = relative_gradient(g_valid, from_x0, x0, g0, q_mean) * scale[None, :]
     return g, within, valid, domain, d * rstd[None, :], tl.where(domain, h, 0.0)
 
 
