@@ -6,6 +6,7 @@ per slice are [BLOCK_S]. Offsets are 64 bits wide.
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 
 @triton.jit
@@ -96,8 +97,8 @@ def rows_within(r, n, inside, WHOLE: tl.constexpr):
 
 @triton.constexpr_function
 def takes_ptx():
-    """Whether the target takes assembly for NVIDIA's GPUs; the interpreter does not."""
-    target = tl.target_info.current_target()
+    """Whether the target takes assembly for NVIDIA's GPUs; the interpreter does not, whatever GPU is beside it."""
+    target = None if knobs.runtime.interpret else tl.target_info.current_target()
     return target is not None and target.backend == "cuda"
 
 

@@ -22,6 +22,7 @@ if not daam_kernels.available_backends()["triton"]:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from daam_kernels.kernels import density_backward, density_forward, host
+from triton.backends.compiler import GPUTarget
 
 DEVICE = device_of("triton")
 
@@ -232,6 +233,12 @@ def test_bits_do_not_depend_on_the_run(way):
     first, second = (evaluate("triton", x, *parameters, grad) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert_same_bits(a, b)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels are compiled here")
+def test_the_interpreter_takes_no_assembly_for_the_gpu_beside_it(monkeypatch):
+    monkeypatch.setattr("triton.language.target_info.current_target", lambda: GPUTarget("cuda", 90, 32))
+    check(*inputs((2, 64), 1, torch.bfloat16))
 
 
 def test_offsets_past_two_to_the_31(tmp_path):
