@@ -12,12 +12,14 @@ import torch
 from daam_kernels import attention_pool, density_attention, sequences
 from pooling import problem
 from ragged import inputs
+from support import device_of
 
 from benchmarks.verify.problems import problems
 
 if not daam_kernels.available_backends()["triton"]:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+DEVICE = device_of("triton")
 PACKAGE = str(Path(daam_kernels.__file__).parent)
 
 
@@ -50,19 +52,19 @@ def run(function, *tensors, **options):
 
 @pytest.mark.parametrize("operator", ["product", "ragged", "additive", "pool"])
 def test_nothing_is_read_on_the_host(captured, operator):
-    for number, (_, function, tensors) in enumerate(problems(operator, "cpu", torch.float32, "triton", small=True)):
+    for number, (_, function, tensors) in enumerate(problems(operator, DEVICE, torch.float32, "triton", small=True)):
         run(lambda *t, backend: function(*t), *tensors)
         assert number < 10
 
 
 def test_nor_for_packed_bags_with_padding(captured):
-    p = problem("gated", "packed", torch.float32)
+    p = problem("gated", "packed", torch.float32, DEVICE)
     tensors = [t.requires_grad_() for t in (p.x, *p.tensors)]
     run(attention_pool, *tensors, **p.bags, max_seqlen=14, need_weights=True)
 
 
 def test_what_has_to_be_read_says_so(captured, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)
-    x, _, cu_seqlens, parameters = inputs((3,), dtype=torch.float32)
+    x, _, cu_seqlens, parameters = inputs((3,), dtype=torch.float32, device=DEVICE)
     with pytest.raises(RuntimeError, match="give max_seqlen"):
         density_attention(x, *parameters, norm_axis=0, cu_seqlens=cu_seqlens, backend="triton")
