@@ -130,10 +130,11 @@ def test_on_other_devices_auto_is_the_reference():
 
 @pytest.mark.parametrize("name", [name for name, status in daam_kernels.available_backends().items() if not status])
 def test_an_unavailable_backend_raises_by_name(name):
+    device = torch.empty(0, device=device_of(name)).device
     reason = daam_kernels.available_backends()[name].reason
     with pytest.raises(RuntimeError) as error:
-        call(name)
-    assert str(error.value) == f"backend asks for {name!r}, which cannot serve a tensor on cpu: {reason}"
+        call(name, device)
+    assert str(error.value) == f"backend asks for {name!r}, which cannot serve a tensor on {device}: {reason}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from support import device_of
 
 from benchmarks.__main__ import main
 from benchmarks.host import cli, layers
@@ -25,13 +26,13 @@ def threads():
     torch.set_num_threads(before)
 
 
-def case(shape=SHAPES["tiny"], dtype=torch.float32):
-    return make_case(shape, dtype, torch.device("cpu"), 4)
+def case(shape=SHAPES["tiny"], dtype=torch.float32, device="cpu"):
+    return make_case(shape, dtype, torch.device(device), 4)
 
 
 def test_layers_of_triton_and_launches_that_are_repeated():
     pytest.importorskip("triton")
-    small = case(Shape("small", (2, 8), 1, 2), torch.float64)
+    small = case(Shape("small", (2, 8), 1, 2), torch.float64, device_of("triton"))
     made = {name: make() for name, make in layers.layers(small, "triton").items()}
     expected = made[layers.FUNCTION].calls[BOTH]()
     for name in OURS:

@@ -407,10 +407,11 @@ def test_faults_of_machine_code_are_found():
 
 
 def _pytest(*arguments, **variables):
-    """pytest on the emulation, in a process of its own."""
+    """pytest on the emulation, in a process of its own, which sees no GPU."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    variables = {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": "", **variables, "PYTHONPATH": paths}
+    usual = {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": "", "CUDA_VISIBLE_DEVICES": ""}
+    variables = {**usual, **variables, "PYTHONPATH": paths}
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     return result.stdout

@@ -390,13 +390,20 @@ class Weighed(torch.utils.data.Dataset):
 
 @needs_library
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_workers_of_a_data_loader(threads):
-    threads(2)
-    dataset = Weighed()
-    expected = [dataset[index] for index in range(len(dataset))]  # before the fork: the library is loaded and used
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="fork")
-    for got, exact in zip(loader, expected, strict=True):
-        assert_same_bits(got, exact)
+def test_workers_of_a_data_loader():
+    """In an interpreter of its own: once a GPU has worked in a process, autograd does not in those forked from it."""
+    python("""
+        import torch
+        from native.test_native import Weighed
+        from support import assert_same_bits
+
+        torch.set_num_threads(2)
+        dataset = Weighed()
+        expected = [dataset[index] for index in range(len(dataset))]  # before the fork: the library is loaded and used
+        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="fork")
+        for got, exact in zip(loader, expected, strict=True):
+            assert_same_bits(got, exact)
+    """)
 
 
 # Memory
