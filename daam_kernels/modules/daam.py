@@ -27,6 +27,7 @@ from ..functional import (
 
 _PARAMETERS = ("mean_offsets", "c")
 _HEADS = "attention_heads."  # what the public package calls the list of a multi-head's single heads
+_HOOKS_OF_A_CALL = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 
 
 class _DensityAttention(nn.Module):
@@ -407,7 +408,7 @@ def _shared_in_a_sweep(x: Tensor, layer: nn.Module) -> tuple[int, dict] | None:
     """
     if type(layer) is not FusedMultiHeadDAAM or isinstance(layer.eps, tuple) or not sweeps_blocks(x, layer.backend):
         return None
-    if any(value for name, value in vars(layer).items() if name.endswith("_hooks")):
+    if any(getattr(layer, name) for name in _HOOKS_OF_A_CALL):
         return None
     axis = _check_axis(layer.norm_axis, x)
     names = "padding_value", "eps", "padding_stats", "normalize", "backend"
