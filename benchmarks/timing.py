@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from functools import lru_cache
 from typing import Callable, NamedTuple, Sequence
 
 import torch
@@ -90,6 +91,14 @@ def wall_timer(calls: Sequence[Call], device: torch.device) -> Callable[[], floa
     return timer
 
 
+@lru_cache(maxsize=None)
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """The one that everything is captured on. What autograd adds up a leaf's gradient with belongs to the stream of the
+    leaf's first use, and to all graphs of the leaf that are alive: a backward captured on another stream would branch
+    off to it, and not come back before the capture ends."""
+    return torch.cuda.Stream(device)
+
+
 def graph_timer(calls: Sequence[Call]) -> Callable[[], float]:
     """Seconds of device time per call, by CUDA events around the replay of one graph that holds all of ``calls``."""
     return prepared_graph_timer([lambda call=call: call for call in calls])
@@ -97,7 +106,7 @@ def graph_timer(calls: Sequence[Call]) -> Callable[[], float]:
 
 def prepared_graph_timer(prepared: Sequence[Callable[[], Call]]) -> Callable[[], float]:
     """:func:`graph_timer` of the calls that ``prepared`` return, each after it did what is not timed."""
-    side = torch.cuda.Stream()
+    side = _side_stream(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         calls = [prepare() for prepare in prepared]  # here, because a backward runs on the stream of its forward
