@@ -92,8 +92,8 @@ def interpreter_takes_its_own_masks():
         mask.data = mask.data.astype(bool, copy=False)
         return mask
 
-    Builder.create_masked_load = lambda self, at, mask, *options: load(self, at, boolean(mask), *options)
-    Builder.create_masked_store = lambda self, at, value, mask, *options: store(self, at, value, boolean(mask), *options)
+    Builder.create_masked_load = lambda self, at, mask, *rest: load(self, at, boolean(mask), *rest)
+    Builder.create_masked_store = lambda self, at, value, mask, *rest: store(self, at, value, boolean(mask), *rest)
     yield
     Builder.create_masked_load, Builder.create_masked_store = load, store
 
