@@ -551,6 +551,22 @@ def test_integer_and_not_finite_padding_values(backend):
     assert not y[:, 0].isfinite().any()  # NaN equals nothing: no padding at all
 
 
+@pytest.mark.parametrize("density", ["product", "mixture", "gate"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_finite_shows_in_all_of_its_slice_and_nowhere_else(backend, density):
+    if density != "product" and backend in ("native", "cuda"):
+        pytest.skip("serves the product alone")
+    device = device_of(backend)
+    parameters = [t.to(device) for t in shaped(1, 2)]
+    for (shape, axis), value in itertools.product([((3, 12), 1), ((200, 4), 0)], map(float, ("nan", "inf", "-inf"))):
+        x, finite = torch.randn(shape, generator=generator()).to(device), torch.ones(shape, dtype=torch.bool)
+        x[1, 2] = value
+        finite.select(1 - axis, 2 if axis == 0 else 1).fill_(False)
+        weights = torch.full((1, 2), 0.5, device=device) if density == "mixture" else None
+        y = density_attention(x, *parameters, weights=weights, norm_axis=axis, density=density, backend=backend)
+        assert torch.equal(y.isfinite().cpu(), finite), (shape, value)
+
+
 @pytest.mark.parametrize("padding_stats", ["zero", "exclude"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_valid_means_both_with_a_mask_and_a_padding_value(backend, padding_stats):
