@@ -149,7 +149,8 @@ def _read_once(path: Path, device: Device) -> Mapping[Problem, Choice]:
 @lru_cache(maxsize=None)
 def _gpu_model(index: int) -> Device:
     found = torch.cuda.get_device_properties(index)
-    return Device(found.name, getattr(found, "gcnArchName", "") or f"{found.major}.{found.minor}")
+    on_nvidia = torch.version.hip is None  # where the name of an architecture is that of the device
+    return Device(found.name, f"{found.major}.{found.minor}" if on_nvidia else found.gcnArchName)
 
 
 def _version(device: Device) -> dict[str, Any]:

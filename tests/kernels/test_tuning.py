@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import daam_kernels
 import pytest
@@ -160,6 +161,14 @@ class Asked(dict):
 interpreted = pytest.mark.skipif(
     not daam_kernels.available_backends()["triton"] or torch.cuda.is_available(), reason="needs Triton's interpreter"
 )
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="of AMD's it is the name")
+def test_a_gpu_is_known_by_its_name_and_capability(monkeypatch):
+    """Whose property for the name of an architecture is the device's name once more."""
+    found = SimpleNamespace(name="Some GPU", major=9, minor=0, gcnArchName="Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    assert tuning._gpu_model.__wrapped__(0) == DEVICE
 
 
 @interpreted
