@@ -178,6 +178,16 @@ def test_gradient_of_long_slices_without_saved_statistics(way):
     assert_contract((x, *got), (x, *truth(x, *parameters, grad)[1:]), torch.float64)
 
 
+def test_what_is_not_finite_shows_in_all_of_a_long_slice_and_nowhere_else(way):
+    for (shape, axis), value in itertools.product([((2, 331), 1), ((331, 4), 0)], map(float, ("nan", "inf", "-inf"))):
+        x, grad, parameters = inputs(shape, 1, torch.float32)
+        x[1, 2], slice_of_it = value, 2 if axis == 0 else 1
+        expected = torch.ones(shape, dtype=torch.bool)
+        expected.select(1 - axis, slice_of_it).fill_(False)
+        for result in evaluate("triton", x, *parameters, grad, norm_axis=axis)[:2]:
+            assert torch.equal(result.isfinite().cpu(), expected), (shape, value)
+
+
 @pytest.mark.parametrize("heads, gaussian_count", [(1, 1), (8, 1), (1, 64), (8, 64)])
 @pytest.mark.parametrize("shape, axis", [((2, 64), 1), ((1, 64, 16), 1)])
 def test_launches_of_resident_slices(launched, shape, axis, heads, gaussian_count):
