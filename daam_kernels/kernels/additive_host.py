@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from ..options import AdditiveProblem
 from ..reference.dropout import dropout_threshold
@@ -15,7 +15,7 @@ from .additive_launch import AdditiveTile
 from .launch import Launch, launch_options
 
 ON_NVIDIA = torch.version.hip is None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = knobs.runtime.interpret
 HELD = 1024  # of every kind, 4 KB each: in decoding the keys are others at every step, but not in every layer
 
 # Plain numbers whose values must not make new kernels. Of hidden, value_dim and the strides the compiler must know what

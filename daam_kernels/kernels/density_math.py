@@ -65,7 +65,7 @@ def inverse_of(count):
 def reciprocal_sqrt(v):
     """1 / sqrt(v), to a unit in the last place: the fast instruction and a Newton step, which has no slow path."""
     if v.dtype == tl.float32:
-        v = tl.minimum(v, FAR, propagate_nan=tl.PropagateNan.ALL)
+        v = tl.minimum(v, FAR, propagate_nan=tl.PropagateNan.ALL)  # NaN where an element is infinite, which must show
         root = tl.rsqrt(v)
         root = root * (1.5 - (0.5 * v * root) * root)
     else:
@@ -102,7 +102,7 @@ def variance(squares, members, EPS: tl.constexpr, NORMALISED: tl.constexpr, PER_
         var = squares / members + (EPS + VAR_ADDED)
     else:
         var = squares / members
-        var = tl.maximum(var, variance_floor(var), propagate_nan=tl.PropagateNan.ALL)
+        var = tl.maximum(var, variance_floor(var), propagate_nan=tl.PropagateNan.ALL)  # as in reciprocal_sqrt
     return var
 
 
