@@ -17,10 +17,18 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr double kTwoPi = 6.283185307179586;
 
 // The K Gaussians of a head as one quadratic: with e = x - mean - center their product is
-//   2^-(L (a e^2 / var + spread / var)) * 2^-level * eps,   L = log2(e) / 2.
+//   2^-(L (a e^2 / var + spread / var)) * 2^-level * height * eps,   L = log2(e) / 2.
+// Many wide Gaussians have a level so high that its rounding would show in all weights: height, a power of two, takes
+// the whole part of one above 0.
 struct Quadratic {
-  double a = 0, center = 0, spread = 0, level = 0;
+  double a = 0, center = 0, spread = 0, level = 0, height = 1;
 };
+
+DAAM_HD void set_level(Quadratic& q, double level) {
+  const double whole = level > 126 ? 126 : level > 0 ? floor(level) : 0;  // 2^-126 is a normal number
+  q.level = level - whole;
+  q.height = exp2(-whole);
+}
 
 // offset(k) and width(k) return the k-th mean offset and c in double.
 template <class Offset, class Width>
@@ -42,7 +50,7 @@ DAAM_HD Quadratic quadratic(int64_t num_gaussians, double eps, Offset offset, Wi
     const double w = width(k), from_center = offset(k) - q.center;
     q.spread += from_center * from_center / (w * w);
   }
-  q.level = 0.5 * (log_scale + log2(product)) + log2(eps);
+  set_level(q, 0.5 * (log_scale + log2(product)) + log2(eps));
   return q;
 }
 

@@ -124,6 +124,18 @@ def test_contract_holds_with_the_clamp_active(backend, dtype):
     assert_contract(evaluate(backend, x, mean_offsets, c, grad, **options), expected, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_contract_holds_for_many_wide_gaussians(backend, dtype):
+    """Their densities are some 2^86 below eps: a rounded logarithm of that alone is off by more than the contract."""
+    rng, device, shape = generator(5), device_of(backend), shape_of(backend, 1)
+    x, grad = (torch.randn(shape, generator=rng).to(device, dtype) for _ in range(2))
+    mean_offsets, c = gaussians(NUM_HEADS, 48, rng, offsets=0.05, width=2.0, dtype=torch.float64, device=device)
+    expected = truth(x, mean_offsets, c, grad, norm_axis=1)
+    assert expected[0].abs().max() < 2e-25
+    assert_contract(evaluate(backend, x, mean_offsets, c, grad, norm_axis=1), expected, dtype)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parameter_gradients_are_bitwise_the_same_every_time(backend):
     rng, device, shape = generator(3), device_of(backend), shape_of(backend, 1)

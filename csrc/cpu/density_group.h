@@ -30,7 +30,7 @@ struct Count {
 template <class T>
 struct Heads {
   Count<T> count;
-  V<T> center, spread, level;
+  V<T> center, spread, level, height;
   V<T> root, inverse_root;  // sqrt(a log2(e) / 2)
   Mask<T> narrow;           // densities relative to the centre's would lose digits, or all of them
 };

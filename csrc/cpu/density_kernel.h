@@ -25,7 +25,8 @@ void set_heads(const Job<T>& job, Heads<T>* heads) {
     const bool narrow = !(q.a <= 4.0 * least(job.length(h), 16));
     for (int lane = 0; lane < Vector<T>::N; lane++) {
       Heads<T>& to = heads[job.rows ? (h + (p.num_heads - 1) * lane) % p.num_heads : h];
-      to.center[lane] = usual(q.center), to.spread[lane] = usual(q.spread), to.level[lane] = usual(q.level);
+      to.center[lane] = usual(q.center), to.spread[lane] = usual(q.spread);
+      to.level[lane] = usual(q.level), to.height[lane] = (T)q.height;
       to.root[lane] = usual(root), to.inverse_root[lane] = usual(1 / root), to.narrow[lane] = narrow ? -1 : 0;
       to.count.n[lane] = (T)n, to.count.share[lane] = (T)(1 / n), to.count.free_share[lane] = (T)(1 / (n - 1));
     }

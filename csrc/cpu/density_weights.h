@@ -208,7 +208,7 @@ struct Normaliser {
   Mask<T> clamped;
 };
 
-// log2 of the sum of densities over eps where total is 1.
+// log2 of the sum of densities over eps and the height where total is 1; below 1 where the height is.
 template <class T>
 DAAM_INLINE V<T> largest_sum(const Origin<T>& o, V<T> rstd, const Heads<T>& heads) {
   const V<T> from_center = o.peak - o.start;
@@ -223,9 +223,9 @@ DAAM_INLINE void find_normaliser(
   if (softmax) return;
   const V<T> largest = largest_sum<T>(o, s.rstd, heads);
   if (!any((Mask<T>)(largest < 2) | (Mask<T>)(total < (T)0.25))) return;
-  const V<T> power = exp2_minus<T>(absolute<T>(largest));
-  f.clamped = largest < 0 ? (Mask<T>)(total * power < 1) : (Mask<T>)(total < power);
-  f.factor = f.clamped ? (largest < 0 ? power : 1 / power) : f.factor;
+  const V<T> power = exp2_minus<T>(absolute<T>(largest)) * heads.height;
+  f.clamped = largest <= 0 ? (Mask<T>)(total * power < 1) : (Mask<T>)(total < power);
+  f.factor = f.clamped ? (largest <= 0 ? power : 1 / power) : f.factor;
 }
 
 // Slices of fewer than two valid elements stay as they are.

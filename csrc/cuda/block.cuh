@@ -11,6 +11,9 @@ extern __shared__ uint4 daam_shared[];
 namespace daam {
 namespace cuda {
 
+// What shared memory has behind the head's quadratic.
+__device__ inline char* after_head() { return reinterpret_cast<char*>(daam_shared) + kHeadBytes; }
+
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 struct Sum {
@@ -35,7 +38,7 @@ class Block {
     along = (thread_ >> grid.along_shift) & (num_along - 1);
     across = (thread_ >> grid.across_shift) & ((1 << grid.across_log) - 1);
     step_ = 1 << grid.along_shift;
-    scratch_ = reinterpret_cast<float*>(daam_shared + 1);
+    scratch_ = reinterpret_cast<float*>(after_head());
     half_scratch_ = task.scratch_bytes / 8;
   }
 
@@ -133,20 +136,22 @@ __device__ __noinline__ Quadratic quadratic_by_warp(const Task& task, int64_t he
   q.a = a;
   q.center = center;
   q.spread = spread;
-  q.level = 0.5 * log_scale + log2(task.eps);
+  set_level(q, 0.5 * log_scale + log2(task.eps));
   return q;
 }
 
 // A head's quadratic, rounded from double.
 struct Head {
-  float a, center, spread, level;
+  float a, center, spread, level, height;
 
-  // Worked out by one warp; the first 16 bytes of shared memory pass it on.
+  // Worked out by one warp; the first bytes of shared memory pass it on.
   __device__ static Head of_block(const Task& task, int64_t head) {
+    static_assert(sizeof(Head) <= kHeadBytes, "shared memory has room for it");
     Head* shared = reinterpret_cast<Head*>(daam_shared);
     if (threadIdx.x < 32) {
       const Quadratic q = quadratic_by_warp(task, head);
-      if (threadIdx.x == 0) *shared = {float(q.a), float(q.center), float(q.spread), float(q.level)};
+      if (threadIdx.x == 0)
+        *shared = {float(q.a), float(q.center), float(q.spread), float(q.level), float(q.height)};
     }
     __syncthreads();
     return *shared;

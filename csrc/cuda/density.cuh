@@ -155,9 +155,10 @@ struct Scale {
 
   __device__ static Scale of(const Task& task, const Head& head, float peak, float rstd, float total) {
     if (task.flags & DAAM_SOFTMAX) return {1 / total, false};
-    const float log_peak = -(kHalfLog2E * (peak * peak * head.a + head.spread * rstd * rstd) + head.level);
-    const bool clamped = log_peak + log2f(total) < 0;
-    return {clamped ? exp2f(log_peak) : 1 / total, clamped};
+    const float least = kHalfLog2E * (peak * peak * head.a + head.spread * rstd * rstd) + head.level;
+    const float factor = exp2f(-least) * head.height;
+    const bool clamped = total * factor < 1;
+    return {clamped ? factor : 1 / total, clamped};
   }
 };
 

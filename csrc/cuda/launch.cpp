@@ -11,7 +11,6 @@ constexpr int64_t kEnoughBlocks = 264;    // two for each of some 132 processors
 constexpr int64_t kSharedBytes = 49152;   // of a block: small enough for several of them on a processor
 constexpr int64_t kSectorBytes = 32;      // the least that memory is read by
 constexpr int64_t kLineBytes = 128;
-constexpr int64_t kQuadraticBytes = 16;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -194,9 +193,9 @@ Launch plan(const daam_density& p, const Tensors& tensors, int64_t max_shared_by
 
   const int64_t needed = divide_up(packs, int64_t(1) << shape.along_log);
   const int64_t each = launch.threads * (held_tensors * pack_bytes + (padded || kind == STRIDED));  // and marks
-  const int64_t room = (max_shared_bytes - kQuadraticBytes - task.scratch_bytes) / each;
+  const int64_t room = (max_shared_bytes - kHeadBytes - task.scratch_bytes) / each;
   task.held = int32_t(needed < room ? needed : room);
-  launch.shared_bytes = uint32_t(kQuadraticBytes + task.scratch_bytes + task.held * each);
+  launch.shared_bytes = uint32_t(kHeadBytes + task.scratch_bytes + task.held * each);
   launch.blocks = uint32_t(task.blocks * p.num_heads);
   return launch;
 }

@@ -24,7 +24,7 @@ class Slices {
     packs_ = elements / kAlong;
     length = float(elements);
     const bool backward = task.grad != nullptr;
-    char* after_scratch = reinterpret_cast<char*>(daam_shared + 1) + task.scratch_bytes;
+    char* after_scratch = after_head() + task.scratch_bytes;
     x_held_ = reinterpret_cast<PackT*>(after_scratch);
     grad_held_ = x_held_ + (backward ? task.held * blockDim.x : 0);
     marks_held_ = reinterpret_cast<uint8_t*>(grad_held_ + task.held * blockDim.x);

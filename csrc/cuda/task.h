@@ -15,6 +15,7 @@ enum Kind {
   STRIDED = 2   // single elements, any strides
 };
 constexpr int kPackBytes = 16;
+constexpr int kHeadBytes = 32;  // of shared memory, for the head's quadratic; what follows is as aligned
 
 // The threads of a block form a grid: `along` of them share a slice, `across` of them are side by side. Both are powers
 // of two, given by their logarithms. One of the two has its shift at 0: the one along which memory is contiguous.

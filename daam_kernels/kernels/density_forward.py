@@ -23,7 +23,7 @@ from .density_math import (
     finish_weights,
     load_gaussians,
     normaliser,
-    product_at_peak,
+    product_least,
     product_quadratic,
     reciprocal_sqrt,
     save_mean,
@@ -35,7 +35,7 @@ from .density_math import (
     value_at_peak,
 )
 from .host import SIZES, arithmetic_type, device_of, prepare, run, viewable
-from .mixture_math import gate_density, mark_far, mixture_at_peak, mixture_over_peak
+from .mixture_math import gate_density, mark_far, mixture_least, mixture_over_peak
 from .tiles import (
     find_valid,
     first_valid,
@@ -96,7 +96,7 @@ def forward_resident(
                 d, rstd, domain, asked, mean_offsets_ptr, c_ptr, log_shares_ptr, head, num_gaussians,
                 UNROLLED, HALF, CLAMP, ACC,
             )  # fmt: skip
-            log_peak = mixture_at_peak(top, EPS)
+            least = mixture_least(top, EPS)
             if stats_ptr is not None:
                 save_variance(stats_ptr, mark_far(var, top), number, num_slices, inside)
         else:
@@ -118,9 +118,9 @@ def forward_resident(
             save_statistics(stats_ptr, x_peak, mean - (x_peak - x0), var, number, num_slices, inside)
         weights = density(z - peak[None, :], peak, domain)
         total = tl.sum(weights, axis=0)
-        log_peak = product_at_peak(peak, rstd, spread, level)
+        least = product_least(peak, rstd, spread, level)
     if NORMALISED:
-        scale, _ = normaliser(log_peak, total, CLAMP)
+        scale, _ = normaliser(least, total, CLAMP)
         weights = finish_weights(weights, scale, valid, count, EXCLUDE)
 
     at = tile_offsets(y_base, r, y_stride_r, COLUMNS, VEC)

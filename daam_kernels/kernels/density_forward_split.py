@@ -21,7 +21,7 @@ from .density_math import (
     merge_normaliser,
     merge_statistics,
     normaliser,
-    product_at_peak,
+    product_least,
     product_quadratic,
     reciprocal_sqrt,
     rescale,
@@ -31,7 +31,7 @@ from .density_math import (
     value_at_peak,
 )
 from .host import SIZES
-from .mixture_math import gate_density, mark_far, merge_mixture, mixture_at_peak, mixture_density, mixture_over_peak
+from .mixture_math import gate_density, mark_far, merge_mixture, mixture_least, mixture_density, mixture_over_peak
 from .tiles import (
     first_valid,
     load_slices,
@@ -203,7 +203,7 @@ def split_output(
                 save_statistics(stats_ptr, x0, mean, var, number, slices, inside)
     elif MIXTURE:
         peak, total = merge_mixture(partials_ptr, number, slices, num_chunks, inside, BLOCK_C)
-        log_peak = mixture_at_peak(peak, EPS)
+        least = mixture_least(peak, EPS)
         if stats_ptr is not None:
             if tl.program_id(1) == 0:
                 save_statistics(stats_ptr, x0, mean, mark_far(var, peak), number, slices, inside)
@@ -211,12 +211,12 @@ def split_output(
         offset, width, real = load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K)
         slope, center, spread, level = product_quadratic(offset, width, real, EPS, ACC)
         peak, x_peak, total = merge_normaliser(partials_ptr, number, slices, num_chunks, inside, BLOCK_C)
-        log_peak = product_at_peak(peak, rstd, spread, level)
+        least = product_least(peak, rstd, spread, level)
         if stats_ptr is not None:
             if tl.program_id(1) == 0:
                 save_statistics(stats_ptr, x_peak, mean - (x_peak - x0), var, number, slices, inside)
     if NORMALISED:
-        scale, _ = normaliser(log_peak, total, CLAMP)
+        scale, _ = normaliser(least, total, CLAMP)
 
     first = tl.program_id(1).to(tl.int64) * tiles * BLOCK_R
     for t in range(tiles):

@@ -15,7 +15,7 @@ from .density_math import (
     load_gaussians,
     load_statistics,
     normaliser,
-    product_at_peak,
+    product_least,
     product_quadratic,
     reciprocal_sqrt,
     save_statistics,
@@ -58,7 +58,7 @@ def forward_of_slices(
         PADDING, HAS_MASK, EXCLUDE, COLUMNS, VEC, WHOLE, ACC, BLOCK_R, BLOCK_S, CENTRED,
     )  # fmt: skip
     over = tl.zeros_like(peak) if CENTRED else peak
-    scale, _ = normaliser(product_at_peak(over, rstd, spread, level), total, CLAMP)
+    scale, _ = normaliser(product_least(over, rstd, spread, level), total, CLAMP)
     sweep_output(
         x_ptr, x_base, x_stride_r, y_ptr, weights_ptr, y_base, y_stride_r, mask_ptr, mask_base, mask_stride_r,
         tiles, n, inside, count, x0, rate, peak, scale,

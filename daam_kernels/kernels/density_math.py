@@ -18,6 +18,7 @@ FAR = tl.constexpr(3e38)  # farther than any z^2, finite so that differences of 
 NEARER = tl.constexpr(1e38)  # than FAR, which comparisons round to float32 and tensors of float64 do not
 LEAST_NEAR = tl.constexpr(0.25)  # that densities of a slice which is near the center add up to
 LEAST_EACH = tl.constexpr(2.0**-10)  # of them for each element
+HIGHEST = tl.constexpr(126.0)  # power of two whose reciprocal is a normal number
 
 
 @triton.jit
@@ -34,7 +35,9 @@ def load_gaussians(mean_offsets_ptr, c_ptr, head, num_gaussians, BLOCK_K: tl.con
 @triton.jit
 def product_quadratic(offset, width, real, EPS: tl.constexpr, ACC: tl.constexpr):
     """The K Gaussians as one quadratic: with z = (x - mean - center) * slope / sqrt(var) their product is
-    2^-(z^2) * 2^-(spread / var) * 2^-level * eps. Returns (slope, center, spread, level), rounded from float64.
+    2^-(z^2) * 2^-(spread / var) * 2^-level * eps. Returns (slope, center, spread, level), rounded from float64, the
+    level as (level less its whole part where it is above 0, two to the power of that part): many wide Gaussians have
+    one so high that its rounding would show in all weights.
     """
     inverse = tl.where(real, 1.0 / (width * width), 0.0)
     total = tl.sum(inverse, axis=0)
@@ -43,12 +46,13 @@ def product_quadratic(offset, width, real, EPS: tl.constexpr, ACC: tl.constexpr)
     spread = tl.sum(from_center * from_center * inverse, axis=0) * (0.5 * LOG2_E)
     log_scale = tl.sum(tl.where(real, tl.log(width * width * TWO_PI), 0.0), axis=0) * 0.5
     level = (log_scale + tl.log(tl.full([], EPS, tl.float64))) * LOG2_E
+    whole = tl.floor(tl.minimum(tl.maximum(level.to(ACC), 0.0), HIGHEST))
     slope = (total * (0.5 * LOG2_E)).to(ACC)
     if ACC == tl.float32:
         slope = tl.sqrt_rn(slope)
     else:
         slope = tl.sqrt(slope)
-    return slope, center.to(ACC), spread.to(ACC), level.to(ACC)
+    return slope, center.to(ACC), spread.to(ACC), ((level - whole).to(ACC), tl.exp2(whole))
 
 
 @triton.jit
@@ -206,20 +210,19 @@ def rescale(before, after):
 
 
 @triton.jit
-def product_at_peak(peak, rstd, spread, level):
-    """log2 of the largest density over eps."""
-    return -(peak * peak + spread * rstd * rstd + level)
+def product_least(peak, rstd, spread, level):
+    """eps over the largest density."""
+    return tl.exp2(peak * peak + spread * rstd * rstd + level[0]) * level[1]
 
 
 @triton.jit
-def normaliser(log_peak, total, CLAMP: tl.constexpr):
+def normaliser(least, total, CLAMP: tl.constexpr):
     """(what a density is multiplied with to become a weight, whether the sum of the slice is below eps).
 
-    Densities and their sum are over a peak, of which ``log_peak`` is the log2 over eps.
+    Densities and their sum are over a peak, and ``least`` is eps over it.
     """
     clamped = total < 0.0
     if CLAMP:
-        least = tl.exp2(-log_peak)
         clamped = total < least
         total = tl.maximum(total, least)
     return 1.0 / total, clamped
@@ -240,8 +243,8 @@ def product_weights(
 ):  # fmt: skip
     """(weights of slices that the tile holds whole, whether each slice's sum is below eps), for gap = z - peak."""
     densities = density(gap, peak, domain)
-    log_peak = product_at_peak(peak, rstd, spread, level)
-    scale, clamped = normaliser(log_peak, tl.sum(densities, axis=0), CLAMP)
+    least = product_least(peak, rstd, spread, level)
+    scale, clamped = normaliser(least, tl.sum(densities, axis=0), CLAMP)
     return finish_weights(densities, scale, valid, count, EXCLUDE), clamped
 
 

@@ -23,7 +23,7 @@ from .density_math import (
     inverse_of,
     nearer_of,
     normaliser,
-    product_at_peak,
+    product_least,
     relative_gradient,
     slice_gradient,
     store_output,
@@ -215,7 +215,7 @@ def finish_sums(
     count, g0, s0, s1, s2, q0, q1, q2, x0, peak, rstd, spread, level, CLAMP: tl.constexpr, EXCLUDE: tl.constexpr
 ):
     """(factor from density to weight, what g and q are relative to, T0, U1, U2) of slices, from ``sweep_sums``."""
-    scale, clamped = normaliser(product_at_peak(peak, rstd, spread, level), s0, CLAMP)
+    scale, clamped = normaliser(product_least(peak, rstd, spread, level), s0, CLAMP)
     q_mean = q0 / s0
     away = q_mean
     t0 = tl.zeros_like(s0)

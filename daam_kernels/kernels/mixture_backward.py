@@ -45,7 +45,7 @@ from .mixture_math import (
     centred_gradient,
     gate_density,
     gate_gradient,
-    mixture_at_peak,
+    mixture_least,
     mixture_over_peak,
     partial_number,
     slopes,
@@ -110,7 +110,7 @@ def mixture_backward_resident(
         )  # fmt: skip
         # Seen from the element of largest density, and from the weighted mean of g: q is 0 where all the weight may be.
         largest = domain & (weights == tl.max(weights, axis=0)[None, :])
-        scale, clamped = normaliser(mixture_at_peak(top, EPS), total, CLAMP)
+        scale, clamped = normaliser(mixture_least(top, EPS), total, CLAMP)
         weights = finish_weights(weights, scale, valid, count, EXCLUDE)
         x_largest = tl.max(tl.where(largest, x, -FAR), axis=0)
         from_largest = tl.where(domain, x - x_largest[None, :], 0.0)

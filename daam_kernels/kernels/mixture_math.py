@@ -199,9 +199,9 @@ def mark_far(var, top):
 
 
 @triton.jit
-def mixture_at_peak(top, EPS: tl.constexpr):
-    """log2 of the peak over eps."""
-    return top - (tl.log(tl.full([], EPS, tl.float64)) * LOG2_E).to(top.dtype)
+def mixture_least(top, EPS: tl.constexpr):
+    """eps over the peak, 2^top."""
+    return tl.exp2(-top) * tl.full([], EPS, top.dtype)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from .mixture_math import (
     LOWEST,
     fall_by,
     load_gaussian,
-    mixture_at_peak,
+    mixture_least,
     narrowness_of,
     spares_registers,
 )
@@ -209,7 +209,7 @@ def finish_mixture_sums(
 ):  # fmt: skip
     """Of whole slices: (factor from density to weight, clamped, weighted mean of q, and the sums of the slopes and of
     the slopes times e), from their sums of m and of m q, times e^0 to e^2 over the widths."""
-    scale, clamped = normaliser(mixture_at_peak(top, EPS), s0, CLAMP)
+    scale, clamped = normaliser(mixture_least(top, EPS), s0, CLAMP)
     q_mean = q0 / s0
     away = q_mean
     if CLAMP:

@@ -81,7 +81,7 @@ class _GroupMixture:
     def density(self) -> Density:
         values = sum(g.density(self.highest) for g in self.gaussians)
         nearest = values.detach().argmax(self.s.axis, keepdim=True)
-        return Density(values, self.highest.to(values.dtype), nearest)
+        return Density(values, self.highest, nearest)
 
     def gradient(self, weights: Weights, q: Tensor) -> DensityGradient:
         """``q``: the gradient of the weights less its mean under them."""

@@ -17,7 +17,8 @@ from .statistics import Density, DensityGradient, Group, Slices, Variance, Weigh
 
 
 class Product:
-    """The Gaussians [heads, gaussians] as one quadratic per head, worked out in float64 and rounded to ``dtype``."""
+    """The Gaussians [heads, gaussians] as one quadratic per head, worked out in float64 and rounded to ``dtype``, but
+    for P: of many wide Gaussians it is so large that its rounding would show in all weights."""
 
     normalised = True
 
@@ -30,7 +31,7 @@ class Product:
         center = (offsets * inverse).sum(1, keepdim=True) / a
         e = ((offsets - center).square() * inverse).sum(1)
         log_scale = (2 * math.pi * widths.square()).log().sum(1) / 2
-        self.quadratic = tuple(q.to(dtype) for q in (a.squeeze(1), center.squeeze(1), e, log_scale))
+        self.quadratic = *(q.to(dtype) for q in (a.squeeze(1), center.squeeze(1), e)), log_scale
 
     def of(self, group: Group, s: Slices) -> _GroupProduct:
         return _GroupProduct(s, *(group.heads(q) for q in self.quadratic))
@@ -68,7 +69,8 @@ class _GroupProduct:
         rise = self.gap * (self.gap + 2 * self.peak)
         lowest = self.s.lowest(rise)
         values = self.s.in_domain(torch.exp(-0.5 * self.a * (rise - lowest)), 0)
-        log_peak = -0.5 * (self.a * (self.peak.square() + lowest) + self.e * self.s.rstd.square()) - self.log_scale
+        below = 0.5 * (self.a * (self.peak.square() + lowest) + self.e * self.s.rstd.square())
+        log_peak = -(below.double() + self.log_scale)
         return Density(values, log_peak, self.nearest)
 
     def gradient(self, weights: Weights, q: Tensor) -> DensityGradient:

@@ -64,7 +64,7 @@ class Density(NamedTuple):
     """m of every element, relative to exp(``log_peak``), which is about the largest of its slice."""
 
     values: Tensor
-    log_peak: Tensor
+    log_peak: Tensor  # where it is large, in float64
     nearest: Tensor  # where in the slice it is largest
 
 
@@ -164,13 +164,13 @@ def standardise(x: Tensor, valid: Tensor | None, axis: int, padding_stats: str, 
 
 def normalise(s: Slices, density: Density, normalize: str, eps: float) -> Weights:
     """The weights of all elements, from their densities."""
-    log_norm, log_peak = s.sum(density.values).log(), density.log_peak
+    log_norm, log_peak = s.sum(density.values).double().log(), density.log_peak
     clamped = None
     if normalize == "clamp":
         log_peak = log_peak - math.log(eps)
         clamped = log_norm + log_peak < 0
         log_norm = torch.maximum(log_norm, -log_peak)
-    scale = torch.exp(-log_norm)
+    scale = torch.exp(-log_norm).to(density.values.dtype)
     values = density.values * scale
     if s.skipped is not None:
         values = torch.where(s.skipped, s.valid.to(values.dtype), values)
