@@ -1,4 +1,5 @@
-"""The arguments of density attention that are no tensors, and all of additive attention, on their way to a backend."""
+"""The arguments of density attention that are no tensors, and all of additive attention and of attention pooling, on
+their way to a backend."""
 
 from __future__ import annotations
 
@@ -90,3 +91,52 @@ class AdditiveProblem(NamedTuple):
         if not self.need_weights:
             return output, lse, None
         return output, lse, self.query.new_empty((batch, 1 if self.average_weights else heads, queries, keys))
+
+
+class Pooling(NamedTuple):
+    """The arguments of the operator, checked. x: [bags, rows, embed_dim], or [total, embed_dim] with ``cu_seqlens``.
+
+    The scorer's tensors are as in ``reference.attention_pool.Scorer``. ``valid``: boolean, [bags, rows] or [total];
+    ``lengths``: [bags], of the first rows of x that count; ``keep``: boolean, [bags, hops, rows] or [hops, total].
+    ``max_seqlen`` is of packed bags alone, and may be None for them too: not known on the host.
+    """
+
+    x: Tensor
+    query: Tensor
+    key_weight: Tensor | None
+    key_bias: Tensor | None
+    gate_weight: Tensor | None
+    gate_bias: Tensor | None
+    valid: Tensor | None
+    lengths: Tensor | None
+    cu_seqlens: Tensor | None
+    keep: Tensor | None
+    scale: float
+    dropout_p: float
+    max_seqlen: int | None
+
+    @property
+    def scorer_tensors(self) -> tuple[Tensor | None, ...]:
+        return self[1:6]
+
+    @property
+    def num_bags(self) -> int:
+        return self.x.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def shape_of_scores(self) -> tuple[int, ...]:
+        hops = self.query.shape[0]
+        if self.cu_seqlens is None:
+            return self.x.shape[0], hops, self.x.shape[1]
+        return hops, self.x.shape[0]
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        return torch.promote_types(self.x.dtype, torch.float32)
+
+    def valid_rows(self) -> Tensor | None:
+        """``valid``, and ``lengths`` as such a mask."""
+        if self.lengths is None:
+            return self.valid
+        within = torch.arange(self.x.shape[1], device=self.x.device) < self.lengths[:, None]
+        return within if self.valid is None else within & self.valid

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .checks import FLOATING_TYPES, check_choice, check_dropout, check_mask, check_scale, shape_of
 from .functional import _check_max_seqlen
-from .ops.attention_pool import Pooling, apply
+from .ops.attention_pool import apply
+from .options import Pooling
 
 _BACKENDS = ("auto", "triton", "reference")
 

@@ -19,19 +19,17 @@ than some 20 KB, those of all programs at once are more than an H200's cache hol
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..options import Pooling
 from .attention_pool_host import Sweep, dot_backward_sweeps, forward_sweeps, hidden_backward_sweeps, sizes_of
 from .attention_pool_layers import scorer_of
 from .attention_pool_wide import pool_wide_sums
 from .attention_pool_wide_gradient import pool_wide_gradient
 from .host import device_of, run
-
-if TYPE_CHECKING:
-    from ..ops.attention_pool import Pooling
 
 
 def pool_forward(pooling: Pooling, scores: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -120,7 +118,7 @@ def _hidden_backward(pooling: Pooling, x: Tensor, given: dict[str, Any], dx: Ten
     d_query, d_weights, d_biases = pooling.scale * sums[0], sums[1].split(hidden), sums[2].split(hidden)
     found = d_query, *(t for layer in zip(d_weights, d_biases) for t in layer), None, None
     # copied: an operator's results share no memory
-    return [None if like is None else t.to(like.dtype, copy=True) for t, like in zip(found, pooling.scorer.tensors)]
+    return [None if like is None else t.to(like.dtype, copy=True) for t, like in zip(found, pooling.scorer_tensors)]
 
 
 def _run(sweep: Sweep, given: dict[str, Any]) -> None:

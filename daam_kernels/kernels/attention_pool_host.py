@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..options import Pooling
 from ..sequences import packing
 from .additive_host import dot_precision
 from .attention_pool_hidden import pool_hidden_sums
@@ -37,8 +38,6 @@ from .remembered import remembered
 
 if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
-
-    from ..ops.attention_pool import Pooling
 
 _HELD = 1024  # of the latest sizes, and of the latest kinds
 _MERGED_CHUNKS, _MERGED_COLUMNS = 16, 128

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..options import Pooling
 from .additive_host import INTERPRETED, dot_precision
 from .additive_math import operand
 from .density_math import LOG2_E
 from .tanh import portable_tanh
-
-if TYPE_CHECKING:
-    from ..ops.attention_pool import Pooling
 
 TYPES = {
     torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16
@@ -83,7 +79,7 @@ def scorer_of(pooling: Pooling) -> dict[str, Tensor | None]:
     multiplied in.
     """
     dtype = type_of_products(pooling)
-    key, key_bias, gate, gate_bias = (None if t is None else t.contiguous() for t in pooling.scorer.tensors[1:])
+    key, key_bias, gate, gate_bias = (None if t is None else t.contiguous() for t in pooling.scorer_tensors[1:])
     query = pooling.query.to(pooling.arithmetic) * (pooling.scale * LOG2_E.value)
     return dict(
         query_ptr=query.contiguous(), key_weight_ptr=None if key is None else key.to(dtype), key_bias_ptr=key_bias,

@@ -7,13 +7,12 @@ in one sweep.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..backends import resolve, takes_formula
+from ..options import Pooling
 from ..reference import attention_pool_blocks as in_blocks
 from ..sequences import check_lengths, check_packing, lengths_of, packing
 from . import eager
@@ -35,73 +34,13 @@ _library.define(
 )
 
 
-class Pooling(NamedTuple):
-    """The arguments of the operator, checked. x: [bags, rows, embed_dim], or [total, embed_dim] with ``cu_seqlens``.
-
-    The scorer's tensors are as in ``reference.attention_pool.Scorer``. ``valid``: boolean, [bags, rows] or [total];
-    ``lengths``: [bags], of the first rows of x that count; ``keep``: boolean, [bags, hops, rows] or [hops, total].
-    ``max_seqlen`` is of packed bags alone, and may be None for them too: not known on the host.
-    """
-
-    x: Tensor
-    query: Tensor
-    key_weight: Tensor | None
-    key_bias: Tensor | None
-    gate_weight: Tensor | None
-    gate_bias: Tensor | None
-    valid: Tensor | None
-    lengths: Tensor | None
-    cu_seqlens: Tensor | None
-    keep: Tensor | None
-    scale: float
-    dropout_p: float
-    max_seqlen: int | None
-
-    @property
-    def scorer(self) -> reference.Scorer:
-        return reference.Scorer(*self[1:6], self.scale)
-
-    @property
-    def num_bags(self) -> int:
-        return self.x.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-
-    @property
-    def shape_of_scores(self) -> tuple[int, ...]:
-        hops = self.query.shape[0]
-        if self.cu_seqlens is None:
-            return self.x.shape[0], hops, self.x.shape[1]
-        return hops, self.x.shape[0]
-
-    @property
-    def arithmetic(self) -> torch.dtype:
-        return torch.promote_types(self.x.dtype, torch.float32)
-
-    def blocks(self):
-        lengths = None if self.lengths is None else lengths_of(self.lengths)
-        bounds = None if self.cu_seqlens is None else packing(self.cu_seqlens).bounds
-        return in_blocks.blocks(self.x, self.valid, lengths, bounds)
-
-    def valid_rows(self) -> Tensor | None:
-        """``valid``, and ``lengths`` as such a mask."""
-        if self.lengths is None:
-            return self.valid
-        within = torch.arange(self.x.shape[1], device=self.x.device) < self.lengths[:, None]
-        return within if self.valid is None else within & self.valid
-
-    def check_bags(self) -> None:
-        if self.cu_seqlens is not None:
-            check_packing(self.cu_seqlens, self.x.shape[0], 1, self.max_seqlen, 0)
-        if self.lengths is not None:
-            check_lengths(self.lengths, self.x.shape[1])
-
-
 def apply(pooling: Pooling, need_weights: bool, backend: str) -> tuple[Tensor, Tensor | None, Tensor]:
     """(context [bags, hops, embed_dim], weights [bags, hops, rows] or [hops, total], or None, whether a bag has a
     valid row [bags]), the first two of the arithmetic's type and differentiable. The arguments are checked already.
     """
     if eager.is_transformed() or _takes_formula(pooling, backend):
         resolve(backend, pooling.x, _NAME)
-        pooling.check_bags()
+        _check_bags(pooling)
         context, weights = _reference(pooling)
         found = _found_in_reference(pooling)
     else:
@@ -118,12 +57,29 @@ def _takes_formula(pooling: Pooling, backend: str) -> bool:
     return takes_formula(backend, pooling.x, bags * rows * max(embed_dim, hidden_or_embed_dim, hops))
 
 
+def _scorer(pooling: Pooling) -> reference.Scorer:
+    return reference.Scorer(*pooling.scorer_tensors, pooling.scale)
+
+
+def _check_bags(pooling: Pooling) -> None:
+    if pooling.cu_seqlens is not None:
+        check_packing(pooling.cu_seqlens, pooling.x.shape[0], 1, pooling.max_seqlen, 0)
+    if pooling.lengths is not None:
+        check_lengths(pooling.lengths, pooling.x.shape[1])
+
+
+def _blocks(pooling: Pooling):
+    lengths = None if pooling.lengths is None else lengths_of(pooling.lengths)
+    bounds = None if pooling.cu_seqlens is None else packing(pooling.cu_seqlens).bounds
+    return in_blocks.blocks(pooling.x, pooling.valid, lengths, bounds)
+
+
 def _reference(pooling: Pooling) -> tuple[Tensor, Tensor]:
     options = dict(keep=pooling.keep, dropout_p=pooling.dropout_p)
     if pooling.cu_seqlens is None:
-        return reference.attention_pool(pooling.x, pooling.scorer, valid=pooling.valid_rows(), **options)
+        return reference.attention_pool(pooling.x, _scorer(pooling), valid=pooling.valid_rows(), **options)
     return reference.ragged_attention_pool(
-        pooling.x, pooling.cu_seqlens, pooling.scorer, valid=pooling.valid, **options
+        pooling.x, pooling.cu_seqlens, _scorer(pooling), valid=pooling.valid, **options
     )
 
 
@@ -145,7 +101,7 @@ def _on_triton(pooling: Pooling, backend: str) -> bool:
 def _operator(*arguments):
     *arguments, need_weights, backend = arguments
     pooling = Pooling(*arguments)
-    pooling.check_bags()
+    _check_bags(pooling)
     scores = pooling.x.new_empty(pooling.shape_of_scores if need_weights else 0, dtype=pooling.arithmetic)
     if need_weights:
         scores.fill_(-torch.inf)
@@ -155,8 +111,9 @@ def _operator(*arguments):
 
         context, lse = pool_forward(pooling, into)
     else:
+        scorer, blocks = _scorer(pooling), _blocks(pooling)
         context, lse = in_blocks.forward(
-            pooling.x, pooling.scorer, pooling.blocks(), pooling.num_bags, pooling.keep, pooling.dropout_p, into
+            pooling.x, scorer, blocks, pooling.num_bags, pooling.keep, pooling.dropout_p, into
         )
     if need_weights:
         lengths = None if pooling.cu_seqlens is None else pooling.cu_seqlens.diff()
@@ -194,8 +151,9 @@ def _operator_backward(grad_context, grad_weights, *arguments):
 
         dx, gradients = pool_backward(pooling, grad, grad_weights, lse, inner)
     else:
+        scorer, blocks = _scorer(pooling), _blocks(pooling)
         dx, gradients = in_blocks.backward(
-            grad, grad_weights, pooling.x, pooling.scorer, pooling.blocks(), pooling.keep, pooling.dropout_p, lse, inner
+            grad, grad_weights, pooling.x, scorer, blocks, pooling.keep, pooling.dropout_p, lse, inner
         )
     return dx, *(pooling.x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 

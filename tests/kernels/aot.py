@@ -406,7 +406,7 @@ def compile_pool(case: PoolCase, dtype: torch.dtype, target: str) -> list[dict]:
     from triton.runtime.jit import JITFunction
 
     from daam_kernels.kernels import additive_host, attention_pool, attention_pool_host
-    from daam_kernels.ops.attention_pool import Pooling
+    from daam_kernels.options import Pooling
 
     modules = attention_pool, attention_pool_host
     jitted = [f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)]

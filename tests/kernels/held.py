@@ -124,7 +124,7 @@ def additive(driver):
 def pool(driver):
     """Forward and backward; with a hidden layer of several segments."""
     from daam_kernels.kernels import attention_pool, attention_pool_launch
-    from daam_kernels.ops.attention_pool import Pooling
+    from daam_kernels.options import Pooling
 
     attention_pool_launch._HIDDEN_ELEMENTS = 64 * 2 * 16
 
