@@ -60,5 +60,17 @@ def check_mask(name: str, mask: Tensor, true_where: str, owner: str, x: Tensor, 
         raise ValueError(f"{name} must be on {owner}'s device, {x.device}, got {mask.device}")
 
 
+def check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None) -> int | None:
+    if max_seqlen is None:
+        return None
+    if cu_seqlens is None:
+        raise ValueError(f"max_seqlen must be None without cu_seqlens, got {max_seqlen!r}")
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
+        raise TypeError(f"max_seqlen must be an int or None, got {type(max_seqlen).__name__}")
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
+    return max_seqlen
+
+
 def shape_of(t: Tensor) -> list[int]:
     return list(t.shape)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .checks import FLOATING_TYPES, check_choice, check_mask, shape_of
 from .backends import BACKENDS
+from .checks import FLOATING_TYPES, check_choice, check_mask, check_max_seqlen, shape_of
 from .ops import density_block as block
 from .ops import eager
 from .ops.density_attention import apply
@@ -117,7 +117,7 @@ def density_attention(
             mask = _check_nested_mask(mask, x_nested).values()
     options = _check_options(
         x, norm_axis, padding_value, padding_stats, normalize, eps, residual, density,
-        max_seqlen=_check_max_seqlen(max_seqlen, cu_seqlens),
+        max_seqlen=check_max_seqlen(max_seqlen, cu_seqlens),
     )  # fmt: skip
     if normalize != "clamp" and not options.normalised:
         raise ValueError(f"normalize must not be given for density={density!r}, whose weights are as they are")
@@ -379,18 +379,6 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, axis: int) -> None:
             f"norm_axis must be 0, the packed axis of x, where cu_seqlens is given, got axis {axis} of x of shape "
             f"{shape_of(x)}: pass norm_axis=0"
         )
-
-
-def _check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None) -> int | None:
-    if max_seqlen is None:
-        return None
-    if cu_seqlens is None:
-        raise ValueError(f"max_seqlen must be None without cu_seqlens, got {max_seqlen!r}")
-    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
-        raise TypeError(f"max_seqlen must be an int or None, got {type(max_seqlen).__name__}")
-    if max_seqlen < 0:
-        raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
-    return max_seqlen
 
 
 def _check_mask(mask: Tensor, x: Tensor) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import FLOATING_TYPES, check_choice, check_dropout, check_mask, check_scale, shape_of
-from .functional import _check_max_seqlen
+from .checks import FLOATING_TYPES, check_choice, check_dropout, check_mask, check_max_seqlen, check_scale, shape_of
 from .ops.attention_pool import apply
 from .options import Pooling
 
@@ -106,7 +105,7 @@ def pool(
         if lengths is not None:
             raise ValueError("lengths must be None where cu_seqlens is given, which says as much")
         cu_seqlens = cu_seqlens.contiguous()
-    max_seqlen = _check_max_seqlen(max_seqlen, cu_seqlens)
+    max_seqlen = check_max_seqlen(max_seqlen, cu_seqlens)
     if key_padding_mask is not None:
         _check_mask(key_padding_mask, x)
     if lengths is not None:

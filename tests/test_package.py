@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -97,6 +98,41 @@ def test_everything_works_on_the_cpu_where_triton_is_not_installed():
             raise AssertionError("a backend asked for by name has to raise where it cannot serve")
         """
     )
+
+
+# Who may know whom: each the rooms before it, and those beside it. The reference needs nobody.
+LAYERS = (
+    ("reference",),
+    ("options", "sequences", "slices", "cache", "checks"),
+    ("kernels", "native", "native_additive", "backends"),
+    ("ops",),
+    ("functional", "additive", "pooling"),
+    ("modules",),
+    ("compat", "mechanism", "explain"),
+    ("env", "__init__"),
+)
+
+
+def rooms_known_to(file: Path) -> set[str]:
+    """The package's modules that the file imports, not for types alone, by the first part of their names."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for_types = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    left_out = {line for node in for_types for line in ast.walk(node)}
+    depth = len(file.relative_to(ROOT / "daam_kernels").parts)
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == depth and node not in left_out:
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    return found
+
+
+def test_an_arrow_never_runs_back_up():
+    rank = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+    for file in sorted((ROOT / "daam_kernels").rglob("*.py")):
+        room = file.relative_to(ROOT / "daam_kernels").parts[0].removesuffix(".py")
+        for known in rooms_known_to(file) - {room, "__version__", "available_backends"}:
+            assert rank[known] <= rank[room], f"{file.relative_to(ROOT)} knows {known}"
+            assert room != "reference", f"{file.relative_to(ROOT)} knows {known}"
 
 
 def test_public_names_exist():
