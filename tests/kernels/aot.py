@@ -30,6 +30,7 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448, "gfx942": 65_536}  # that a program may have on such a processor
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,7 @@ class RecordingDriver:
         self.utils = types.SimpleNamespace(
             load_binary=lambda *a: (1, 1, 0, 0, 1024),
             unload_module=lambda m: None,
-            get_device_properties=lambda d: dict(max_shared_mem=232448, multiprocessor_count=132),
+            get_device_properties=lambda d: dict(max_shared_mem=SHARED_BYTES[target[1]], multiprocessor_count=132),
         )
 
     def get_current_target(self):
