@@ -14,6 +14,7 @@ from support import (
     TOLERANCES,
     assert_close,
     assert_contract,
+    assert_contract_of_any,
     assert_same_bits,
     channels_last,
     device_of,
@@ -717,7 +718,7 @@ def problems(draw, max_numel):
         shape=shape,
         norm_axis=axis - dims * draw(st.integers(0, 1)),
         num_heads=num_heads,
-        num_gaussians=draw(st.integers(1, 16)),
+        num_gaussians=draw(st.integers(1, 40)),
         mask_shape=mask_shape,
         padding_value=draw(st.sampled_from([None, 0, 7.0])),
         padding_stats=draw(st.sampled_from(["zero", "exclude"])),
@@ -751,7 +752,7 @@ def check(backend, problem):
         device=device,
     )
     got = evaluate(backend, x, *parameters, grad.to(device), **options)
-    assert_contract(got, truth(x, *parameters, grad, **options), dtype)
+    assert_contract_of_any(got, x, *parameters, grad, **options)
     assert got[0].stride() == torch.empty_like(x).stride()
 
 

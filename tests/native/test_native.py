@@ -25,6 +25,7 @@ from support import (
     TOLERANCES,
     assert_close,
     assert_contract,
+    assert_contract_of_any,
     assert_margins_intact,
     assert_same_bits,
     evaluate,
@@ -36,7 +37,6 @@ from support import (
 
 AVAILABLE, REASON = native.status()
 
-OVERFLOWS = {torch.float16: 65520.0}  # what rounds to infinity
 
 needs_library = pytest.mark.skipif(not AVAILABLE, reason=REASON)
 
@@ -90,7 +90,7 @@ def problems(draw):
         shape=shape,
         norm_axis=axis,
         num_heads=num_heads,
-        num_gaussians=draw(st.integers(1, 16)),
+        num_gaussians=draw(st.integers(1, 40)),
         x_layout=(x_order, x_step, expanded),
         grad_layout=draw(layouts(dims)),
         mask_layout=draw(st.none() | layouts(dims)),
@@ -120,12 +120,7 @@ def test_any_problem(problem):
     # Wide ones: for narrow ones the truth of a handful of slices is ill-conditioned in float32.
     parameters = gaussians(*heads, rng, offsets=0.05, width=2.0, dtype=torch.float64)
     got = evaluate("native", x, *parameters, grad, **options)
-    expected = truth(x, *parameters, grad, **options)
-    for g, e in zip(got[:2], expected):  # two equal elements of a slice, the rest masked: dx is past float16's largest
-        past = e.abs() >= OVERFLOWS.get(dtype, math.inf)
-        assert torch.equal(g[past].double(), e[past].sign() * math.inf)
-        g[past], e[past] = 0, 0
-    assert_contract(got, expected, dtype)
+    assert_contract_of_any(got, x, *parameters, grad, **options)
     assert got[0].stride() == got[1].stride() == torch.empty_like(x).stride()
 
 
