@@ -43,10 +43,13 @@ DAAM_INLINE void origin_at_center(Origin<T>& o, const Statistics<T>& s, const He
   set_peak<T>(o, V<T>{});
 }
 
-// z relative to an element near the centre, densities still to the centre.
+// z relative to an element near the centre, densities still to the centre. Where the element's density is below 2^-16 z
+// stays relative to the centre: it has none of the weight, and seen from far away, where padding may lie, the sums over
+// those that have it would cancel.
 template <class T>
 DAAM_INLINE void start_at(Origin<T>& o, V<T> x) {
-  o.start = (x - o.high) * o.scale - o.shift;
+  const V<T> z = (x - o.high) * o.scale - o.shift;
+  o.start = keep<T>((Mask<T>)(absolute<T>(z) < 4), z);
   set_peak<T>(o, o.start);
 }
 

@@ -214,6 +214,25 @@ def test_columns_of_which_some_lie_far_from_the_gaussians(shape, dtype):
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [100.0, 1e4, -1e4])
+@pytest.mark.parametrize(
+    "shape, axis", [((9, 200), 1), ((40, 35), 0), ((3, 40_000), 1)], ids=["rows", "columns", "rows in runs"]
+)
+def test_padding_far_from_the_rest_costs_no_digits(shape, axis, value, dtype):
+    """The first half, that is, where the backward looks for an element near the Gaussians."""
+    rng = generator()
+    x, grad = (torch.randn(shape, generator=rng).to(dtype) for _ in range(2))
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask.narrow(axis, 0, shape[axis] // 2).fill_(False)
+    x[~mask] = value
+    parameters = gaussians(1, 4, rng, width=2.0, dtype=torch.promote_types(dtype, torch.float32))
+    for options in (dict(mask=mask), dict(padding_value=value)):
+        got = evaluate("native", x, *parameters, grad, norm_axis=axis, **options)
+        assert_contract(got, truth(x, *parameters, grad, norm_axis=axis, **options), dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize(
     "length, num_heads",
