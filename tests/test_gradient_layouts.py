@@ -123,6 +123,21 @@ def test_x_gradient_and_mask_all_strided(backend, layout):
         assert_contract(got, expected, torch.float32, layout)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "every second element"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saved_tensors_may_come_back_in_another_layout(backend, layout):
+    """From hooks that keep them elsewhere. Heads are so long that Triton saves their statistics as well."""
+    rng, device = generator(), device_of(backend)
+    x, grad = (torch.randn(3, 130, 2, generator=rng).to(device) for _ in range(2))
+    tensors = [LAYOUTS[layout](t) for t in (x, *gaussians(2, 3, rng, offsets=0.05, device=device))]
+    expected = truth(*tensors, grad, norm_axis=1)
+    for unpack in (torch.Tensor.contiguous, permuted):
+        for _ in range(2):  # the second call is remembered
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+                got = evaluate(backend, *tensors, grad, norm_axis=1)
+            assert_contract(got, expected, torch.float32, f"{layout}, {unpack.__name__}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("norm_axis", [1, -1])
 @pytest.mark.parametrize("backend", BACKENDS)

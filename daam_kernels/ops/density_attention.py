@@ -189,7 +189,7 @@ class _DensityAttention(torch.autograd.Function):
         tensors = x, mean_offsets, c, log_shares, mask, cu_seqlens
         y, weights = _forward(*tensors, options, return_weights, _or_none(stats), backend)
         ctx.save_for_backward(*tensors, stats)
-        ctx.options, ctx.backend = options, backend
+        ctx.options, ctx.backend, ctx.layout = options, backend, x.stride()
         ctx.set_materialize_grads(False)
         if weights is None:
             return y
@@ -200,7 +200,8 @@ class _DensityAttention(torch.autograd.Function):
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * 9
-        gradients = _gradients(grad, *ctx.saved_tensors, ctx.options, ctx.backend)
+        *tensors, stats = ctx.saved_tensors
+        gradients = _gradients(grad, *tensors, _in_order(stats, tensors[0], ctx), ctx.options, ctx.backend)
         return (*gradients, None, None, None, None, None)
 
 
@@ -209,12 +210,12 @@ class _Served:
 
     def __init__(self, fill, options):
         self.fill, self.options = fill, options
-        self._backwards = {}  # by the strides of y's gradient; None where something has to be copied first
+        self._backwards = {}  # by all strides: saved_tensors_hooks may change them; None where something must be copied
 
     def gradients(self, grad, x, mean_offsets, c):
         if torch.is_grad_enabled() or not eager.is_plain(grad):
             return _gradients(grad, x, mean_offsets, c, None, None, None, None, self.options, "native")[:3]
-        strides = grad.stride()
+        strides = grad.stride(), x.stride(), mean_offsets.stride(), c.stride()
         if strides not in self._backwards:
             problem = native.problem(mean_offsets, c, None, self.options, torch.empty_like(x), x, grad)
             self._backwards[strides] = None if problem is None else native.bound_backward(problem)
@@ -325,6 +326,7 @@ def _call_backward(grad, x, mean_offsets, c, log_shares, mask, cu_seqlens, stats
 
 def _setup_context(ctx, inputs, output):
     ctx.options, cu_seqlens, *_, ctx.backend = _unpack(inputs[5:], 3)
+    ctx.layout = inputs[0].stride()
     ctx.save_for_backward(*inputs[:5], cu_seqlens, output[2])
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
@@ -337,6 +339,7 @@ def _operator_gradient(ctx, grad, _weights, _stats):
         if torch.is_grad_enabled():
             gradients = _reference_backward(grad, *tensors, ctx.options)
         else:
+            stats = _in_order(stats, tensors[0], ctx)
             gradients = _call_backward(grad, *tensors, stats, ctx.options, ctx.backend)
         log_shares = tensors[3]
         gradients = gradients if log_shares is not None else (*gradients[:3], None)
@@ -378,6 +381,16 @@ def _new_stats(
             short = longest <= _MOST_RESIDENT
         shape = (3, x.numel() // length * num_heads) if saves and not short else (0,)
     return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _in_order(stats: Tensor | None, x: Tensor, ctx) -> Tensor | None:
+    """The stats for an x that saved_tensors_hooks may give back in another layout, whose slices have another order.
+
+    They are empty then: to be found again.
+    """
+    if stats is None:
+        return None
+    return stats.contiguous() if x.stride() == ctx.layout else stats.new_empty(0)
 
 
 def _or_none(stats: Tensor | None) -> Tensor | None:
