@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import FLOATING_TYPES, check_choice, check_dropout, check_mask, check_scale, shape_of
+from .checks import FLOATING_TYPES, check_choice, check_dense, check_dropout, check_mask, check_scale, shape_of
 from .backends import BACKENDS
 from .ops import additive_attention as operator
 from .options import AdditiveProblem
@@ -56,7 +56,8 @@ def additive_attention(
         average_weights: of the heads' weights return the mean alone.
         fast_tanh: on NVIDIA GPUs, tanh in one instruction, with a relative error of up to 2^-11; elsewhere, and in
             float64, it makes no difference.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``, which is PyTorch, block by block.
+        backend: ``"auto"``, ``"triton"``, ``"native"``, which serves no float64, or ``"reference"``, which is PyTorch,
+            block by block.
 
     Returns:
         output: [batch, heads, Tq, value_dim], of query's type.
@@ -95,8 +96,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) ->
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
         if t.is_nested:
             raise TypeError(f"{name} must be one dense tensor, got a nested one: pad it, with a key_padding_mask")
-        if t.layout != torch.strided:
-            raise TypeError(f"{name} must be one dense tensor, got one of layout {t.layout}")
+        check_dense(name, t)
     if query.dtype not in FLOATING_TYPES:
         raise TypeError(f"query must be float64, float32, bfloat16 or float16, got {query.dtype}")
     for name, t in (("key", key), ("value", value)):

@@ -47,6 +47,12 @@ def check_dropout(name: str, p: float) -> float:
     return float(p)
 
 
+def check_dense(name: str, t: Tensor) -> None:
+    if t.is_nested or t.layout != torch.strided:
+        got = "a nested one" if t.is_nested else f"one of layout {t.layout}"
+        raise TypeError(f"{name} must be one dense tensor, got {got}")
+
+
 def check_mask(name: str, mask: Tensor, true_where: str, owner: str, x: Tensor, added: bool = False) -> None:
     """A boolean mask, True ``true_where``, or with ``added`` one of numbers too, on the device of ``owner``, x."""
     fits = isinstance(mask, Tensor) and (mask.dtype == torch.bool or added and mask.dtype.is_floating_point)
@@ -56,6 +62,7 @@ def check_mask(name: str, mask: Tensor, true_where: str, owner: str, x: Tensor, 
             takes += ", or one of a floating-point type, to be added to the scores"
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name} must be {takes}, got {got}")
+    check_dense(name, mask)
     if mask.device != x.device:
         raise ValueError(f"{name} must be on {owner}'s device, {x.device}, got {mask.device}")
 

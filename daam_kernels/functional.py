@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .checks import FLOATING_TYPES, check_choice, check_mask, check_max_seqlen, shape_of
+from .checks import FLOATING_TYPES, check_choice, check_dense, check_mask, check_max_seqlen, shape_of
 from .ops import density_block as block
 from .ops import eager
 from .ops.density_attention import apply
@@ -261,8 +261,10 @@ def _check_options(
     density: str,
     **others,
 ) -> DensityOptions:
+    norm_axis = _check_axis(norm_axis, x)
+    check_dense("x", x)
     return DensityOptions(
-        _check_axis(norm_axis, x),
+        norm_axis,
         _check_padding_value(padding_value),
         check_choice("padding_stats", padding_stats, ("zero", "exclude")),
         check_choice("normalize", normalize, ("clamp", "softmax")),
@@ -309,6 +311,7 @@ def _check_gaussians(x: Tensor, features: int | None = None, **parameters: Tenso
             raise TypeError(f"{name} must be a tensor, got {type(parameter).__name__}")
         if not parameter.dtype.is_floating_point:
             raise TypeError(f"{name} must be of a floating-point type, got {parameter.dtype}")
+        check_dense(name, parameter)
         if parameter.dim() != 2 or 0 in parameter.shape:
             raise ValueError(
                 f"{name} must have shape [num_heads, {columns}], both at least 1, got {shape_of(parameter)}"

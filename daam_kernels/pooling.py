@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import FLOATING_TYPES, check_choice, check_dropout, check_mask, check_max_seqlen, check_scale, shape_of
+from .checks import (
+    FLOATING_TYPES,
+    check_choice,
+    check_dense,
+    check_dropout,
+    check_mask,
+    check_max_seqlen,
+    check_scale,
+    shape_of,
+)
 from .ops.attention_pool import apply
 from .options import Pooling
 
@@ -151,6 +160,7 @@ def _check_x(x: Tensor, cu_seqlens: Tensor | None) -> None:
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING_TYPES:
         raise TypeError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    check_dense("x", x)
     if x.dim() != (3 if cu_seqlens is None else 2) or x.shape[-1] == 0:
         taken = "[bags, rows, embed_dim]" if cu_seqlens is None else "[total, embed_dim] where cu_seqlens is given"
         raise ValueError(f"x must have shape {taken}, embed_dim at least 1, got {shape_of(x)}")
@@ -167,6 +177,7 @@ def _checked_scorer(x: Tensor, query: Tensor, *others: Tensor | None) -> list[Te
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
         if t.dtype not in FLOATING_TYPES:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
+        check_dense(name, t)
         if t.device != x.device:
             raise ValueError(f"{name} must be on x's device, {x.device}, got {t.device}")
     for name, weight in (("key_bias", "key_weight"), ("gate_weight", "key_weight"), ("gate_bias", "gate_weight")):

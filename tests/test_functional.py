@@ -52,6 +52,8 @@ WRONG = {
         r"x must be float64, float32, bfloat16 or float16, got torch.complex64",
     ),
     "x is boolean": ((torch.ones(2, 8) > 0, OFFSETS, C), {}, TypeError, r"x must be float64.*, got torch.bool"),
+    "x is sparse": ((X.to_sparse(), OFFSETS, C), {}, TypeError, r"x must be one dense .* layout torch.sparse_coo"),
+    "x has no strides": ((X.to_sparse_csr(), OFFSETS, C), {}, TypeError, r"x must be one .* layout torch.sparse_csr"),
     "x is a scalar": (
         (torch.tensor(1.0), OFFSETS, C),
         {},
@@ -111,6 +113,7 @@ WRONG = {
         r"mean_offsets must be of a floating-point type, got torch.int32",
     ),
     "c is complex": ((X, OFFSETS, C + 0j), {}, TypeError, r"c must be of a floating-point type, got torch.complex64"),
+    "c is sparse": ((X, OFFSETS, C.to_sparse()), {}, TypeError, r"c must be one dense .* layout torch.sparse_coo"),
     "c is a number": ((X, OFFSETS, 1.0), {}, TypeError, r"c must be a tensor, got float"),
     "mean_offsets elsewhere": (
         (X, OFFSETS.to("meta"), C),
@@ -171,6 +174,12 @@ WRONG = {
     ),
     # mask
     "mask is no tensor": ((X, OFFSETS, C), dict(mask=[True]), TypeError, r"mask must be a boolean tensor, .* got list"),
+    "mask is sparse": (
+        (X, OFFSETS, C),
+        dict(mask=(X > 0).to_sparse()),
+        TypeError,
+        r"mask must be one dense tensor, got one of layout torch.sparse_coo",
+    ),
     "mask is float": (
         (X, OFFSETS, C),
         dict(mask=torch.ones(2, 8)),

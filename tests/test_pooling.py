@@ -142,6 +142,8 @@ PACKED = dict(x=torch.ones(4, 3), cu_seqlens=torch.tensor([0, 1, 4]))
     "arguments, error, message",
     [
         (dict(x=[1.0]), TypeError, "x must be a tensor, got list"),
+        (dict(x=X.to_sparse()), TypeError, "x must be one dense tensor, got one of layout torch.sparse_coo"),
+        (dict(query=QUERY.to_sparse()), TypeError, "query must be one dense tensor, got one of layout"),
         (dict(x=X.long()), TypeError, "x must be float64, float32, bfloat16 or float16, got torch.int64"),
         (dict(x=X[0]), ValueError, r"x must have shape \[bags, rows, embed_dim\], .* got \[4, 3\]"),
         (dict(x=X, cu_seqlens=PACKED["cu_seqlens"]), ValueError, r"x must have shape \[total, embed_dim\]"),

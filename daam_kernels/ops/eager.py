@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from ..backends import raw_variable
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_STRIDED = torch.strided
 _MOST = 4096  # calls that are remembered; then it begins anew
 
 _calls: dict[tuple, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
@@ -57,6 +58,7 @@ def signature(
         or type(mean_offsets) not in _PLAIN
         or type(c) not in _PLAIN
         or x.is_nested  # of the strided layout: has neither shape nor strides
+        or x.layout is not _STRIDED
         or not (x.is_cpu and mean_offsets.is_cpu and c.is_cpu or on_one_gpu(x, mean_offsets, c))
         or x.is_neg()
         or mean_offsets.is_neg()
