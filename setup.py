@@ -107,7 +107,8 @@ class BuildNative(build_ext):
         nvcc = _find_nvcc()
         if nvcc is None:
             raise BaseError("nvcc was not found")
-        version = next(line for line in _output([nvcc, "--version"]).splitlines() if "release" in line)
+        lines = _output([nvcc, "--version"]).splitlines()
+        version = next((line for line in lines if "release" in line), "of an unknown release")
         command = runpy.run_path(str(FATBIN))["command"]
         _make(output, [nvcc, version], lambda kept: subprocess.run(command(nvcc, str(kept)), check=True))
         return f"nvcc: {version}"
@@ -142,8 +143,9 @@ def _make(output, tools, make):
 def _attempt(build):
     try:
         return {"built": True, "detail": build()}
-    except (BaseError, CCompilerError, OSError, subprocess.CalledProcessError) as error:
-        detail, cause = str(error), error
+    except Exception as error:  # a compiler's name, flags and output may be anything
+        expected = isinstance(error, (BaseError, CCompilerError, OSError))
+        detail, cause = str(error) if expected else repr(error), error
         while cause is not None and not isinstance(cause, subprocess.CalledProcessError):
             cause = cause.__cause__ or cause.__context__  # setuptools' own words quote the whole command
         if cause is not None:
@@ -161,7 +163,7 @@ def _compiler_version(compiler):
         return compiler.compiler_type
     command = getattr(compiler, "compiler_so_cxx", compiler.compiler_so)
     programs = takewhile(lambda word: not word.startswith("-"), command)  # a launcher may come before the compiler
-    return _output([*programs, "--version"]).splitlines()[0]
+    return next(iter(_output([*programs, "--version"]).splitlines()), "a compiler of an unknown version")
 
 
 def _find_nvcc():

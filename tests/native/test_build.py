@@ -113,6 +113,25 @@ def test_a_compiler_that_fails_stops_nothing_and_leaves_no_earlier_library(tree,
     assert built(tree) == {"_build.json"}
 
 
+@pytest.mark.parametrize(
+    "compiler, reason", [("./silent", "_core.so"), ("g++ 'without an end", "quotes"), ("", "No such file")], ids=str
+)
+def test_a_compiler_that_is_none_stops_nothing(tree, compiler, reason):
+    (tree / "silent").write_text("#!/bin/sh\n")
+    (tree / "silent").chmod(0o755)
+    record = build(tree, CC=compiler, CXX=compiler)
+    assert not record["native"]["built"] and reason in record["native"]["detail"]
+    assert built(tree) == {"_build.json"}
+
+
+def test_an_nvcc_that_does_not_say_its_release_is_used(tree):
+    found = add_nvcc(tree, 'echo kernels > "$2"')
+    nvcc = tree / "bin" / "nvcc"
+    nvcc.write_text(nvcc.read_text().replace("release 0.0", ""))
+    record = build(tree, **found)
+    assert record["native"]["built"] and record["cuda"] == {"built": True, "detail": "nvcc: of an unknown release"}
+
+
 def test_source_that_does_not_compile_stops_nothing(tree):
     (tree / "csrc" / "library.cpp").write_text(SOURCE.replace("ANSWER", "no_such_name"))
     record = build(tree)
