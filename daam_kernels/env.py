@@ -101,9 +101,12 @@ def _environment() -> dict[str, str]:
 def _build_record() -> str:
     try:
         record = json.loads((_PACKAGE / "_build.json").read_text(encoding="utf-8"))
+        parts = [f"{name}: {'yes' if part['built'] else 'no'}, {part['detail']}" for name, part in record.items()]
     except FileNotFoundError:
         return "no build ran here"
-    return "; ".join(f"{name}: {'yes' if part['built'] else 'no'}, {part['detail']}" for name, part in record.items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return "its record, _build.json, cannot be read"
+    return "; ".join(parts)
 
 
 def _installed(distribution: str) -> str:

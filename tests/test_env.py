@@ -64,6 +64,13 @@ def test_a_build_record_is_read(monkeypatch, tmp_path):
     assert re.search(r"built +native: yes, g\+\+ 1\.0; cuda: no, nvcc was not found\n", env.report())
 
 
+@pytest.mark.parametrize("record", ["", "no JSON", "[]", '{"native": {}}', '{"native": null}'])
+def test_a_build_record_that_cannot_be_read_stops_nothing(record, monkeypatch, tmp_path):
+    (tmp_path / "_build.json").write_text(record)
+    monkeypatch.setattr(env, "_PACKAGE", tmp_path)
+    assert re.search(r"built +its record, _build.json, cannot be read\n", env.report())
+
+
 def test_every_variable_that_the_package_reads_is_listed():
     package = [path for path in (ROOT / "daam_kernels").rglob("*.py") if path.name != "env.py"]
     sources = [*package, *(ROOT / "csrc").rglob("*.cpp"), ROOT / "setup.py"]
