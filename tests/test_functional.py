@@ -319,6 +319,19 @@ def test_an_empty_batch(backend, dtype, shape, norm_axis):
 # Constant slices, and slices with nothing to weigh
 
 
+@pytest.mark.parametrize("padding", [1e10, 1e18, -1e18])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slices_of_padding_alone_far_from_their_mean_give_no_nan(backend, padding):
+    """Their mean is 0 and their deviation 1e-4: the square of the distance in deviations is past float32's range."""
+    rng, device = generator(), device_of(backend)
+    x = torch.randn(3, 20, generator=rng).to(device)
+    x[1] = padding
+    mask = torch.tensor([[True], [False], [True]], device=device)
+    parameters, grad = gaussians(2, 3, rng, device=device), torch.randn(3, 20, generator=rng).to(device)
+    got = evaluate(backend, x, *parameters, grad, mask=mask)
+    assert_contract(got, truth(x, *parameters, grad, mask=mask), torch.float32)
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, -1234.5, 1e18])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_constant_slice(backend, value):

@@ -77,7 +77,7 @@ DAAM_INLINE void find_through(
     t0 = keep<T>(clamped, raw.t0 * factor);
     t0_v = t0 * s.rstd * s.rstd;
     p1 += o.peak * t0;
-    p2 += o.peak * o.peak * t0;
+    p2 += o.peak * (o.peak * t0);  // far away t0 is 0, and the square of the peak may be infinite
     of_variance = p2 * inverse + heads.spread * t0_v;
   }
   sums.t0 = t0;

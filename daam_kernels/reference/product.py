@@ -80,7 +80,7 @@ class _GroupProduct:
         t0 = torch.zeros_like(rstd) if weights.clamped is None else torch.where(weights.clamped, s.sum(p), 0)
         p_gap = p * self.gap
         u1 = s.sum(p_gap) + self.peak * t0
-        u2 = s.sum(p_gap * (self.gap + 2 * self.peak)) + self.peak.square() * t0
+        u2 = s.sum(p_gap * (self.gap + 2 * self.peak)) + self.peak * (self.peak * t0)  # not inf times a t0 of 0
         per_slice = (t0, t0 * rstd.square(), u1 * rstd, u2)
         return DensityGradient(
             element=-self.a * rstd * p * self.z,
