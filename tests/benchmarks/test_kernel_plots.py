@@ -61,6 +61,14 @@ def test_what_grows_is_drawn_where_it_grows(tmp_path):
     assert sizes["size"][4] == 4 * 4096
 
 
+def test_a_direction_that_failed_in_all_cases_of_a_set_leaves_its_panel_empty(tmp_path):
+    shapes = [replace(TINY, dims=dims, num_gaussians=k) for dims in ((10, 128), (20, 128)) for k in (1, 64)]
+    rows = read_csv(csv_of(tmp_path, shapes))
+    left = [row for row in rows if row["direction"] == FORWARD or row["dims"] == "10x128"]
+    ((png, svg),) = filter(None, (draw(left, tmp_path / "x") for draw in growth.PICTURES))
+    assert png.name == "x-gaussians.png" and svg.read_text().count("no times") == 1
+
+
 def test_memory_is_in_sizes_of_x(tmp_path):
     (row, *_) = read_csv(csv_of(tmp_path, [TINY]))
     assert dots._of_x(row, "peak_mb") == pytest.approx(3) and dots._of_x(row, "saved_mb") is None

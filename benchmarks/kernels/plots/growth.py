@@ -51,6 +51,10 @@ def _draw(growth: _Growth, rows: Sequence[Row], stem: Path) -> list[Path]:
 
 
 def _panel(axis: plt.Axes, growth: _Growth, rows: Sequence[Row]) -> None:
+    if not rows:  # of a direction that failed in all of these cases
+        axis.set_axis_off()
+        axis.text(0.5, 0.5, "no times", transform=axis.transAxes, ha="center", fontsize=9)
+        return
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     for name in (COPY, *shown(rows)):
