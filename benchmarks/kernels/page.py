@@ -1,4 +1,4 @@
-"""``python -m benchmarks report``: the pictures and one page, report.html, of the results in a folder.
+"""``python -m benchmarks report``: the pictures, the CSV and one page, report.html, of the results in a folder.
 
 The page needs nothing beside itself: pictures stand in it as SVG, and it runs no script.
 """
@@ -12,7 +12,7 @@ from typing import Iterator, Sequence
 
 from ..report import Row, read_json, write_text
 from .goals import judge
-from .store import case_of, load
+from .store import case_of, load, to_csv
 
 _STYLE = """
 body { font: 16px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 76rem; margin: 0 auto;
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     found = sorted(options.folder.glob("kernels-*.json"))
     if not found:
         raise SystemExit(f"{options.folder} has no results: python -m benchmarks kernels --out {options.folder}")
-    pictures = [picture for path in found for picture in plot(path.with_suffix(".csv"), options.folder)]
+    pictures = [picture for path in found for picture in plot(to_csv(path, load(path)), options.folder)]
     print("written:", *(f"  {path}" for path in (*pictures, write_page(options.folder))), sep="\n")
     return 0
 

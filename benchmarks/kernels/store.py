@@ -25,9 +25,10 @@ class Results:
     def add(self, cells: Sequence[Cell]) -> None:
         """Take in the cells of one case, all directions of it, and write."""
         self.rows += map(asdict, cells)
+        content = {"environment": self.environment, "options": self.options, "rows": self.rows}
         self.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.json, {"environment": self.environment, "options": self.options, "rows": self.rows})
-        write_csv(self.csv, [{**row, **self.environment} for row in self.rows])
+        write_json(self.json, content)
+        to_csv(self.json, content)
 
     def take_up(self) -> None:
         """Go on with the rows of an earlier run; ends the program where that was not made as this one would be."""
@@ -40,6 +41,7 @@ class Results:
             lines = "".join(f"\n  {line}" for line in wrong)
             raise SystemExit(f"--resume: {self.json} was made otherwise; without --resume it is made anew:{lines}")
         self.environment, self.rows = earlier["environment"], earlier["rows"]
+        to_csv(self.json, earlier)  # which lacks the last case where the run ended between the two files
 
     def has(self, shape: Shape, dtype: torch.dtype) -> bool:
         """Whether the rows of this case are there."""
@@ -55,6 +57,13 @@ def load(path: Path) -> dict:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise SystemExit(f"{path} has no results of the kernel benchmark as it writes them now: {error}") from None
     return content
+
+
+def to_csv(path: Path, content: dict) -> Path:
+    """Write the rows of the results ``path``, each with the environment, to the .csv beside it; returns its path."""
+    csv = path.with_suffix(".csv")
+    write_csv(csv, [{**row, **content["environment"]} for row in content["rows"]])
+    return csv
 
 
 def case_of(row: Row) -> tuple:

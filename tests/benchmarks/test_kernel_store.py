@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from benchmarks.__main__ import main
 from benchmarks.kernels import cli, store
 from benchmarks.kernels.contender import FORWARD
 from benchmarks.report import read_csv
@@ -72,6 +73,21 @@ def test_a_run_is_compared_and_not_taken_up_where_it_was_made_otherwise(tmp_path
     with pytest.raises(SystemExit, match="seed: 0 then, 7 now"):
         cli.run(options(*words, "--resume", "--seed", "7"))
     assert (tmp_path / "kernels-cpu.json").read_text() == before
+
+
+def test_the_csv_says_what_the_json_says_whatever_came_between_the_two(tmp_path, monkeypatch, capsys, quiet):
+    words = ["--shapes", "tiny", "--out", str(tmp_path)]
+    with monkeypatch.context() as ending:
+        ending.setattr(store, "write_csv", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli.run(options(*words)) == 130
+    assert len(cases_in(tmp_path / "kernels-cpu.json")) == 3 and not (tmp_path / "kernels-cpu.csv").exists()
+    assert cli.run(options(*words, "--resume")) == 0
+    content = (tmp_path / "kernels-cpu.csv").read_text()
+    assert content.count("\n") == 4
+
+    (tmp_path / "kernels-cpu.csv").unlink()
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "kernels-cpu.csv").read_text() == content
 
 
 def test_differences_leave_out_the_moment():
