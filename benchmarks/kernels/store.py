@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Sequence
+from typing import Sequence, get_type_hints
 
 import torch
 
 from ..report import Row, read_json, write_csv, write_json
 from .cell import Cell, new_cell
+from .contender import DIRECTIONS
 from .shapes import Shape
 
+_COLUMNS = get_type_hints(Cell)
+_WRITTEN_ALWAYS = [field.name for field in fields(Cell) if field.default is MISSING] + ["status"]
 _OF_THE_MOMENT = ("date", "load_at_start")  # differ between runs that may be continued or compared
 
 
@@ -53,10 +56,25 @@ def load(path: Path) -> dict:
     """What :class:`Results` wrote; ends the program with a message where ``path`` is nothing of the kind."""
     try:
         content = read_json(path)
-        content["environment"], *map(case_of, content["rows"]), content["rows"][0]["contender"]
+        rows = [_whole(row, number) for number, row in enumerate(content["rows"], 1)]
+        rows[0], dict(content["environment"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise SystemExit(f"{path} has no results of the kernel benchmark as it writes them now: {error}") from None
-    return content
+    return {**content, "rows": rows}
+
+
+def _whole(row: Row, number: int) -> Row:
+    """The row with every column: None, or what else stands for no value, where an older version did not write it."""
+    if missing := [name for name in _WRITTEN_ALWAYS if name not in row]:
+        raise ValueError(f"row {number} lacks {', '.join(missing)}")
+    whole = asdict(Cell(**{name: row[name] for name in _COLUMNS if name in row}))
+    for name, kind in _COLUMNS.items():
+        value = whole[name]
+        if not isinstance(value, kind) and not (type(value) is int and isinstance(0.0, kind)):
+            raise ValueError(f"{name} of row {number} is {value!r}")
+    if whole["direction"] not in DIRECTIONS:
+        raise ValueError(f"direction of row {number} is {whole['direction']!r}")
+    return whole
 
 
 def to_csv(path: Path, content: dict) -> Path:

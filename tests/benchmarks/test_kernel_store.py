@@ -2,12 +2,16 @@
 
 import argparse
 import json
+from dataclasses import asdict, replace
 
 import pytest
+import torch
 
 from benchmarks.__main__ import main
 from benchmarks.kernels import cli, store
+from benchmarks.kernels.cell import new_cell
 from benchmarks.kernels.contender import FORWARD
+from benchmarks.kernels.shapes import SHAPES
 from benchmarks.report import read_csv
 
 pytest.importorskip("matplotlib")
@@ -103,3 +107,32 @@ def test_a_file_without_results_is_refused_by_name(tmp_path, text):
         path.write_text(text)
     with pytest.raises(SystemExit, match="old.json has no results of the kernel benchmark"):
         store.load(path)
+
+
+ROW = asdict(new_cell(replace(SHAPES["tiny"], num_gaussians=4), torch.float32, FORWARD, "copy"))
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"rows": [ROW, {**ROW, "wall_us": "1.5"}]}, "wall_us of row 2 is '1.5'"),
+        ({"rows": [{name: value for name, value in ROW.items() if name != "status"}]}, "row 1 lacks status"),
+        ({"rows": [{**ROW, "direction": "up"}]}, "direction of row 1 is 'up'"),
+        ({"rows": [ROW, 3]}, "int"),
+        ({"environment": None}, "NoneType"),
+    ],
+    ids=lambda value: value.split()[0] if isinstance(value, str) else "",
+)
+def test_a_row_that_no_reader_could_use_is_refused_by_its_number(tmp_path, change, complaint):
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"environment": {}, "rows": [ROW], **change}))
+    with pytest.raises(SystemExit, match=f"old.json has no results of the kernel .*{complaint}"):
+        main(["compare", str(path), str(path)])
+
+
+def test_columns_that_an_older_version_did_not_write_have_no_value(tmp_path):
+    newer = ("kernel_us", "launches", "note")
+    older = {name: value for name, value in ROW.items() if name not in newer} | {"wall_us": 3}
+    (tmp_path / "old.json").write_text(json.dumps({"environment": {}, "rows": [older | {"unheard": 1}]}))
+    assert store.load(tmp_path / "old.json")["rows"] == [{**older, **dict.fromkeys(newer)}]
+    assert main(["compare", *[str(tmp_path / "old.json")] * 2]) == 0
