@@ -6,6 +6,7 @@ The page needs nothing beside itself: pictures stand in it as SVG, and it runs n
 from __future__ import annotations
 
 import argparse
+import sys
 from html import escape
 from pathlib import Path
 from typing import Iterator, Sequence
@@ -46,22 +47,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Draw and write; returns the exit status."""
+    """Draw and write; returns the exit status, 1 where a file with results cannot be read."""
     from .plots import plot
 
     found = sorted(options.folder.glob("kernels-*.json"))
     if not found:
         raise SystemExit(f"{options.folder} has no results: python -m benchmarks kernels --out {options.folder}")
-    pictures = [picture for path in found for picture in plot(to_csv(path, load(path)), options.folder)]
+    pictures, broken = [], []
+    for path in found:
+        try:
+            pictures += plot(to_csv(path, load(path)), options.folder)
+        except SystemExit:  # of which the page tells
+            broken.append(path)
     print("written:", *(f"  {path}" for path in (*pictures, write_page(options.folder))), sep="\n")
-    return 0
+    return int(bool(broken))
 
 
 def write_page(folder: Path) -> Path:
     """``folder / "report.html"``, of the results and pictures that are there; returns its path."""
-    parts = [part for path in sorted(folder.glob("kernels-*.json")) for part in _of_device(path)]
-    for path in sorted(folder.glob("host-*.json")):
-        parts += _of_host(read_json(path))
+    parts: list[str] = []
+    for kind, section in (("kernels", _of_device), ("host", _of_host)):
+        for path in sorted(folder.glob(f"{kind}-*.json")):
+            try:
+                parts += section(path)
+            except SystemExit as error:  # one broken file must not cost the others their page
+                print(error, file=sys.stderr)
+                parts.append(f'<h2>{escape(path.name)}</h2><p class="missed">{escape(str(error))}</p>')
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{_TITLE}'
     body = f"<h1>{_TITLE}</h1>\n" + "\n".join(parts)
     head = f"<head>{head}</title><style>{_STYLE}</style></head>"
@@ -130,9 +141,13 @@ def _case(rows: Sequence[Row]) -> str:
     return f"<details><summary>{escape(title)}</summary>{''.join(tables)}</details>"
 
 
-def _of_host(results: dict) -> Iterator[str]:
+def _of_host(path: Path) -> Iterator[str]:
     """The costs of calls on the host, whatever columns they have."""
-    rows, environment = results["rows"], results["environment"]
+    try:
+        results = read_json(path)
+        rows, environment = [dict(row) for row in results["rows"]], dict(results["environment"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SystemExit(f"{path} has no results of the host benchmark: {error}") from None
     yield f"<h2>Calls on the host: {_where(environment)}</h2>"
     names = dict.fromkeys(name for row in rows for name, value in row.items() if value is not None)
     first = [name for name in ("layer", "case", "direction") if name in names]

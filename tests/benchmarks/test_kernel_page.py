@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from benchmarks.__main__ import main
 from benchmarks.environment import describe
 from benchmarks.kernels.bare import BARE
 from benchmarks.kernels.cell import new_cell
@@ -135,8 +136,21 @@ def test_the_page_stands_by_itself(tmp_path):
 
 
 def test_a_folder_without_results_is_named(tmp_path):
-    from benchmarks.__main__ import main
-
     pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit, match="has no results: python -m benchmarks kernels --out"):
         main(["report", str(tmp_path)])
+
+
+def test_a_broken_file_is_told_and_costs_the_others_nothing(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("benchmarks.kernels.plots.plot", lambda *_: [])
+    rows = [ours("wavlm", of_copy=0.1)]
+    content = {"environment": describe(torch.device("cpu")), "rows": rows}
+    write_json(tmp_path / "kernels-cpu.json", content)
+    (tmp_path / "kernels-cuda.json").write_text((tmp_path / "kernels-cpu.json").read_text()[:300])
+    (tmp_path / "host-cpu.json").write_text('{"rows": [')
+    assert main(["report", str(tmp_path)]) == 1
+    html, told = (tmp_path / "report.html").read_text(encoding="utf-8"), capsys.readouterr().err
+    assert "wavlm [8x24x1024]" in html
+    for name, kind in (("kernels-cuda.json", "kernel"), ("host-cpu.json", "host")):
+        assert all(f"{name} has no results of the {kind} benchmark" in text for text in (html, told))
