@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     from .plots import plot
 
     found = sorted(options.folder.glob("kernels-*.json"))
-    if not found:
+    if not found and not any(options.folder.glob("host-*.json")):
         raise SystemExit(f"{options.folder} has no results: python -m benchmarks kernels --out {options.folder}")
     pictures, broken = [], []
     for path in found:
@@ -88,9 +88,10 @@ def _of_device(path: Path) -> Iterator[str]:
     yield _table(["", ""], [[name, _cell(value)] for name, value in told.items() if value is not None], "What ran")
     yield "<h3>Goals</h3>" + _goals(rows, environment)
     yield "<h3>Without a number</h3>" + _without_number(rows)
-    for picture in sorted(path.parent.glob(f"{path.stem}-*.svg")):
-        svg = picture.read_text(encoding="utf-8")
-        yield f'<div class="wide">{svg[svg.index("<svg") :]}</div>'
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):  # not of files whose names begin with this one's
+        for picture in sorted(path.parent.glob(f"{path.stem}-{dtype}-*.svg")):
+            svg = picture.read_text(encoding="utf-8")
+            yield f'<div class="wide">{svg[svg.index("<svg") :]}</div>'
     yield "<h3>All cases</h3>"
     cases: dict[tuple, list[Row]] = {}
     for row in rows:

@@ -154,3 +154,21 @@ def test_a_broken_file_is_told_and_costs_the_others_nothing(tmp_path, monkeypatc
     assert "wavlm [8x24x1024]" in html
     for name, kind in (("kernels-cuda.json", "kernel"), ("host-cpu.json", "host")):
         assert all(f"{name} has no results of the {kind} benchmark" in text for text in (html, told))
+
+
+def test_a_section_shows_its_own_pictures_alone(tmp_path):
+    for stem, dtype in (("kernels-cpu", "float32"), ("kernels-cpu-old", "bfloat16")):
+        content = {"environment": describe(torch.device("cpu")), "rows": [ours("wavlm", dtype=dtype)]}
+        write_json(tmp_path / f"{stem}.json", content)
+        for drawn in ("float32", "bfloat16"):  # one of them of an earlier run
+            (tmp_path / f"{stem}-{drawn}-of-copy.svg").write_text(f"<svg><text>{stem}-{drawn}</text></svg>")
+    html = write_page(tmp_path).read_text(encoding="utf-8")
+    assert re.findall(r"<svg><text>(.*?)</text>", html) == ["kernels-cpu-old-bfloat16", "kernels-cpu-float32"]
+
+
+def test_results_of_the_host_alone_have_a_page_too(tmp_path):
+    pytest.importorskip("matplotlib")
+    host = {"device": "cpu", "case": "tiny", "direction": "forward", "layer": "module", "us": 12.5}
+    write_json(tmp_path / "host-cpu.json", {"environment": describe(torch.device("cpu")), "rows": [host]})
+    assert main(["report", str(tmp_path)]) == 0
+    assert "Calls on the host" in (tmp_path / "report.html").read_text(encoding="utf-8")

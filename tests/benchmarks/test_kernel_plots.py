@@ -50,6 +50,14 @@ def test_one_set_of_pictures_a_type_and_the_same_ones_again(tmp_path):
     assert (tmp_path / "again-of-copy.svg").read_text() == svg
 
 
+def test_pictures_of_an_earlier_run_do_not_stay(tmp_path):
+    earlier, others = tmp_path / "kernels-cpu-bfloat16-of-copy.png", tmp_path / "kernels-cpu-old-float32-of-copy.png"
+    for path in (earlier, others):
+        path.touch()
+    plot(csv_of(tmp_path, [TINY]), tmp_path)
+    assert not earlier.exists() and others.exists()
+
+
 def test_what_grows_is_drawn_where_it_grows(tmp_path):
     chosen = [*GROUPS["slice"](False)[:2], *GROUPS["inner"](False)[:3:2], GROUPS["size"](False)[0]]
     shapes = [replace(shape, num_gaussians=4) for shape in chosen] + [replace(TINY, num_gaussians=k) for k in (1, 64)]

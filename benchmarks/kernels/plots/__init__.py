@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from ...report import read_csv
+from ..contender import CONTRACT
 from ..scaling import GROUPS
 from . import dots, growth
 
@@ -23,8 +25,8 @@ def plot(csv_path: Path, out: Path) -> list[Path]:
             paths += draw(apart, stem)
         for draw in growth.PICTURES:
             paths += draw(of_type, stem)
-        for picture in PICTURES:  # of an earlier run that had the data for it
-            for path in (Path(f"{stem}-{picture}.png"), Path(f"{stem}-{picture}.svg")):
-                if path not in paths:
-                    path.unlink(missing_ok=True)
+    for dtype, picture, form in itertools.product(CONTRACT, PICTURES, ("png", "svg")):
+        path = out / f"{csv_path.stem}-{str(dtype).removeprefix('torch.')}-{picture}.{form}"
+        if path not in paths:  # of an earlier run that had the data for it
+            path.unlink(missing_ok=True)
     return paths
