@@ -15,6 +15,7 @@ from ..report import Row, format_table
 from .bare import BARE
 from .contenders import COPY, FUSED, without_backend
 from .store import case_of, differences, load
+from .sweep import INPUTS
 
 RULE = (
     "beyond the noise: a ratio new/old further from 1 than both interquartile ranges over their medians, plus the "
@@ -91,7 +92,8 @@ def report(old: dict, new: dict) -> int:
 
 def compare(old: list[Row], new: list[Row]) -> list[Change]:
     """What both have, in the order of ``new``; a fused operator is the same whichever backend served it."""
-    then, now = _by_name(old), _by_name(new)
+    then = _by_name(old)
+    now = _with_lost(then, _by_name(new))
     return [_change(key, then, now) for key in now if key in then]
 
 
@@ -127,6 +129,13 @@ def _both(key: tuple, clock: str, *runs: dict[tuple, Row]) -> bool:
 
 def _by_name(rows: list[Row]) -> dict[tuple, Row]:
     return {(*case_of(row), row["direction"], without_backend(row["contender"])): row for row in rows}
+
+
+def _with_lost(then: dict[tuple, Row], now: dict[tuple, Row]) -> dict[tuple, Row]:
+    """``now``, and a failed row for everything that ``then`` has of a case whose data or reference failed now."""
+    failed = {key[:-1]: row for key, row in now.items() if key[-1] == INPUTS}
+    lost = {key: {**failed[key[:-1]], "contender": row["contender"]} for key, row in then.items() if key[:-1] in failed}
+    return {**lost, **now}
 
 
 def _keys(rows: list[Row]) -> set[tuple]:

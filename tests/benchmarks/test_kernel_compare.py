@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.kernels.compare import compare, report
+from benchmarks.kernels.sweep import INPUTS
 from benchmarks.report import write_json
 
 
@@ -46,6 +47,15 @@ def test_what_was_right_and_is_not_any_more_is_lost_and_backends_are_named():
     (change,) = compare(old, [row("fused (triton)", None, status="skipped")])
     assert (change.verdict, change.regressed) == ("", False)
     (change,) = compare(new, old)
+    assert (change.verdict, change.regressed) == ("", False)
+
+
+def test_what_was_right_is_lost_too_where_the_data_of_its_case_failed(capsys):
+    old, new = [row("fused (native)", 5.0), row("copy", 1.0)], [row(INPUTS, None, status="failed")]
+    ours, limit = compare(old, new)
+    assert (ours.verdict, ours.regressed, ours.note) == ("LOST", True, "failed: why") and not limit.regressed
+    assert report(run(*old), run(*new)) == 1 and "LOST: fused, s [4x8]" in capsys.readouterr().out
+    (change,) = compare(new, new)
     assert (change.verdict, change.regressed) == ("", False)
 
 
