@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from .. import arguments
 from ..environment import available_memory, describe, usable_device
 from ..report import format_table, write_csv, write_json
 from .contenders import BUILDS_ACTIVATIONS, INFERENCE_ONLY, NAMES, OURS
@@ -36,11 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contenders", default=",".join(NAMES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, on cuda bfloat16")
     parser.add_argument("--quick", action="store_true", help=f"shapes {','.join(_QUICK)}, short timings")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="per timing (default: 5, quick: 0.5)")
     parser.add_argument(
-        "--limit", type=float, default=600, metavar="SECONDS", help="for a contender on a shape (default: %(default)s)"
+        "--budget", type=arguments.seconds, metavar="SECONDS", help="per timing (default: 5, quick: 0.5)"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: what torch chooses)")
+    parser.add_argument(
+        "--limit",
+        type=arguments.seconds,
+        default=600,
+        metavar="SECONDS",
+        help="for a contender on a shape (default: %(default)s)",
+    )
+    parser.add_argument("--threads", type=arguments.count, help="CPU threads (default: what torch chooses)")
     parser.add_argument("--out", type=Path, default=_RESULTS, help="folder for the results (default: %(default)s)")
 
 
@@ -59,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
             if name not in known:
                 raise SystemExit(f"unknown {what} {name!r}, known are {', '.join(known)}")
     dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    budget = options.budget or (0.5 if options.quick else 5.0)
+    budget = (0.5 if options.quick else 5.0) if options.budget is None else options.budget
     environment = describe(device)
     print(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None), flush=True)
     rows: list[dict] = []

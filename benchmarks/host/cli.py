@@ -10,6 +10,9 @@ from typing import Callable
 
 import torch
 
+from daam_kernels.backends import BACKENDS, resolve
+
+from .. import arguments
 from ..environment import describe, usable_device
 from ..kernels.check import complaint, errors, truth
 from ..kernels.contender import BOTH, CONTRACT, FORWARD, Contender
@@ -30,16 +33,22 @@ _RESULTS = Path("benchmarks") / "results"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this family."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backend", default="auto", help="of daam_kernels (default: %(default)s)")
+    parser.add_argument(
+        "--backend", choices=("auto", *BACKENDS), default="auto", help="of daam_kernels (default: %(default)s)"
+    )
     parser.add_argument(
         "--cases", default=",".join(_CASES), help=f"comma-separated, of {', '.join(SHAPES)} (default: %(default)s)"
     )
     parser.add_argument(
-        "--budget", type=float, default=2.0, metavar="SECONDS", help="per case and direction (default: %(default)s)"
+        "--budget",
+        type=arguments.seconds,
+        default=2.0,
+        metavar="SECONDS",
+        help="per case and direction (default: %(default)s)",
     )
     parser.add_argument(
-        "--threads", type=int, default=1, help="of the CPU's kernels, of which the host's cost knows nothing "
-        "(default: %(default)s)",
+        "--threads", type=arguments.count, default=1, help="of the CPU's kernels, of which the host's cost knows "
+        "nothing (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=_RESULTS, help="folder for the results (default: %(default)s)")
 
@@ -52,6 +61,10 @@ def run(options: argparse.Namespace) -> int:
         if name not in SHAPES or SHAPES[name].operator != "product":
             known = ", ".join(name for name, shape in SHAPES.items() if shape.operator == "product")
             raise SystemExit(f"unknown case {name!r}, known are {known}")
+    try:
+        resolve(options.backend, torch.empty(0, device=device))
+    except (RuntimeError, ValueError) as error:
+        raise SystemExit(f"--backend {options.backend}: {error}") from None
     torch.set_num_threads(options.threads)
     environment, rows = describe(device), []
     print(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None), flush=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .. import arguments
 from ..environment import describe, usable_device
 from . import compare, selection
 from .bare import BARE
@@ -42,26 +43,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--contenders", help="comma-separated, by name or its first letters (default: all)")
     parser.add_argument(
-        "--num-gaussians", type=selection.positive, metavar="K,...",
+        "--num-gaussians", type=arguments.counts, metavar="K,...",
         help=f"each shape with each (default: what the shape says, else {selection.DEFAULT_GAUSSIANS})",
     )  # fmt: skip
     parser.add_argument(
-        "--num-heads", type=selection.positive, metavar="H,...", help="each shape with each (default: what it says)"
+        "--num-heads", type=arguments.counts, metavar="H,...", help="each shape with each (default: what it says)"
     )
     parser.add_argument("--quick", action="store_true", help=f"shapes {_QUICK_SHAPES}, short timings, less compiled")
     parser.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="timing per shape, type and direction (default: 3, quick: 0.5)"
+        "--budget",
+        type=arguments.seconds,
+        metavar="SECONDS",
+        help="timing per shape, type and direction (default: 3, quick: 0.5)",
     )
     parser.add_argument(
-        "--call-limit", type=float, default=8.0, metavar="SECONDS",
+        "--call-limit", type=arguments.seconds, default=8.0, metavar="SECONDS",
         help="on a CPU, skip what takes longer than this for one call (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--compile-upstream", action=argparse.BooleanOptionalAction,
         help="torch.compile of the public package too, a minute or two per shape and type (default: not with --quick)",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, help="CPU threads (default: what torch chooses)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=arguments.count, help="CPU threads (default: what torch chooses)")
+    parser.add_argument("--seed", type=arguments.seed, default=0)
     parser.add_argument("--out", type=Path, default=_RESULTS, help="folder for the results (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same kind ended")
     parser.add_argument(
@@ -110,9 +114,10 @@ def run(options: argparse.Namespace) -> int:
 def _cases(options: argparse.Namespace, device: torch.device) -> list[tuple[Shape, torch.dtype]]:
     on_gpu = device.type == "cuda"
     everything = ",".join(name for name, shape in SHAPES.items() if shape.on_cpu or on_gpu)
-    shapes = selection.choose_shapes(options.shapes or (_QUICK_SHAPES if options.quick else everything), on_gpu)
-    default_dtypes = "float32,bfloat16" if on_gpu else "float32"
-    dtypes = selection.choose(options.dtype or default_dtypes, _DTYPES, "dtype")
+    usual = _QUICK_SHAPES if options.quick else everything
+    shapes = selection.choose_shapes(usual if options.shapes is None else options.shapes, on_gpu)
+    usual = "float32,bfloat16" if on_gpu else "float32"
+    dtypes = selection.choose(usual if options.dtype is None else options.dtype, _DTYPES, "dtype")
     shapes, notes = selection.multiply(shapes, options.num_gaussians, options.num_heads)
     print(*notes, sep="\n", end="\n" if notes else "")
     return [(shape, dtype) for dtype in dtypes for shape in shapes]
@@ -121,8 +126,8 @@ def _cases(options: argparse.Namespace, device: torch.device) -> list[tuple[Shap
 def _limits(options: argparse.Namespace) -> Limits:
     compile_slowly = not options.quick if options.compile_upstream is None else options.compile_upstream
     directions = tuple(selection.choose(options.direction, selection.DIRECTIONS_BY_OPTION, "direction"))
-    names = selection.choose_contenders(options.contenders) if options.contenders else None
-    budget = options.budget or (0.5 if options.quick else 3.0)
+    names = None if options.contenders is None else selection.choose_contenders(options.contenders)
+    budget = (0.5 if options.quick else 3.0) if options.budget is None else options.budget
     return Limits(budget, options.call_limit, compile_slowly, directions, names)
 
 

@@ -67,14 +67,6 @@ def choose_contenders(text: str) -> frozenset[str]:
     return frozenset(chosen)
 
 
-def positive(text: str) -> list[int]:
-    """The comma-separated numbers of an option, from 1; argparse reports the ValueError."""
-    values = [int(word) for word in text.split(",")]
-    if min(values) < 1:
-        raise ValueError(text)
-    return list(dict.fromkeys(values))
-
-
 def _words(parts: list[str]) -> Iterator[str]:
     """The parts, two of them joined again where that is the name of a contender."""
     while parts:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .. import arguments
 from ..environment import describe, usable_device
 from ..kernels.memory import peak_bytes
 from ..report import format_table, write_csv, write_json
@@ -26,8 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", help=f"comma-separated, of {', '.join(SHAPES)} (default: all, quick: {_QUICK})")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32")
     parser.add_argument("--quick", action="store_true", help="small shapes, short timings, nothing compiled")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="per direction (default: 5, quick: 0.2)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: what torch chooses)")
+    parser.add_argument(
+        "--budget", type=arguments.seconds, metavar="SECONDS", help="per direction (default: 5, quick: 0.2)"
+    )
+    parser.add_argument("--threads", type=arguments.count, help="CPU threads (default: what torch chooses)")
     parser.add_argument("--out", type=Path, default=_RESULTS, help="folder for the results (default: %(default)s)")
 
 
@@ -42,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
             raise SystemExit(f"unknown shape {name!r}, known are {', '.join(SHAPES)}")
     if options.threads:
         torch.set_num_threads(options.threads)
-    budget = options.budget or (0.2 if options.quick else 5.0)
+    budget = (0.2 if options.quick else 5.0) if options.budget is None else options.budget
     environment, rows = describe(device), []
     bar = tqdm(names, unit="shape", dynamic_ncols=True)
     for name in bar:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import arguments
 from ..environment import usable_device
 from ..kernels.check import truth
 from ..kernels.contenders import FUSED, contenders
@@ -46,11 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="comma-separated (default: float32, on cuda bfloat16 too)")
     parser.add_argument("--direction", default="fwd,bwd", metavar="fwd,bwd", help="default: %(default)s")
     parser.add_argument(
-        "--num-gaussians", type=int, default=DEFAULT_GAUSSIANS, metavar="K", help="where the shape does not say"
+        "--num-gaussians",
+        type=arguments.count,
+        default=DEFAULT_GAUSSIANS,
+        metavar="K",
+        help="where the shape does not say",
     )
-    parser.add_argument("--rounds", type=int, default=4, help="steps away from the ladder (default: %(default)s)")
-    parser.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", help="of timing a round")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--rounds", type=arguments.count, default=4, help="steps away from the ladder (default: %(default)s)"
+    )
+    parser.add_argument("--budget", type=arguments.seconds, default=1.0, metavar="SECONDS", help="of timing a round")
+    parser.add_argument("--seed", type=arguments.seed, default=0)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -145,4 +152,11 @@ def _shape(text: str) -> Shape:
         raise SystemExit(f"unknown shape {text!r}, it is no SIZES:AXIS:HEADS[:OPERATOR]") from None
     if operator not in _OPERATORS:
         raise SystemExit(f"unknown operator {operator!r} of shape {text!r}, known are {', '.join(_OPERATORS)}")
+    axes = range(-len(shape.dims), len(shape.dims))
+    if (
+        min(shape.dims) < 1
+        or shape.norm_axis not in axes
+        or not 1 <= 2 * shape.num_heads <= shape.dims[shape.norm_axis]
+    ):
+        raise SystemExit(f"unknown shape {text!r}: AXIS is that of a size which has two elements for each of HEADS")
     return shape

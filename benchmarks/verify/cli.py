@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from .. import arguments
 from ..environment import usable_device
 from ..report import write_json
 from .schedule import run as run_steps
@@ -34,10 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "%(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--limit", type=float, default=480, metavar="SECONDS", help="for everything (default: %(default)s)"
+        "--limit", type=arguments.seconds, default=480, metavar="SECONDS", help="for everything (default: %(default)s)"
     )
     parser.add_argument(
-        "--cores", type=int, default=os.cpu_count() or 1, help="processor cores to keep busy (default: %(default)s)"
+        "--cores",
+        type=arguments.count,
+        default=os.cpu_count() or 1,
+        help="processor cores to keep busy (default: %(default)s)",
     )
 
 

@@ -89,3 +89,8 @@ def test_a_run(tmp_path, capsys):
     assert "tiny [10x128] float32, 4 heads, K = 4, forward+backward" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="unknown case 'none'"):
         main(["host", "--cases", "none"])
+
+
+def test_a_backend_that_cannot_serve_is_told():
+    with pytest.raises(SystemExit, match="--backend cuda: backend asks for 'cuda', which cannot serve"):
+        main(["host", "--device", "cpu", "--backend", "cuda"])

@@ -62,11 +62,7 @@ def test_an_unknown_contender_is_answered_with_all_that_there_are(text):
     assert "unknown contender" in str(caught.value) and all(name in str(caught.value) for name in all_names())
 
 
-def test_directions_and_numbers():
+def test_directions():
     assert selection.choose("both,fwd,both", selection.DIRECTIONS_BY_OPTION, "direction") == [BOTH, FORWARD]
     with pytest.raises(SystemExit, match="unknown direction 'backward', known are fwd, bwd, both"):
         selection.choose("backward", selection.DIRECTIONS_BY_OPTION, "direction")
-    assert selection.positive("1,8,1") == [1, 8]
-    for text in ("0", "1,-2", "x", ""):
-        with pytest.raises(ValueError):
-            selection.positive(text)

@@ -113,6 +113,9 @@ def test_a_dry_run_stores_what_it_found(monkeypatch, capsys):
 UNKNOWN = {
     "unknown shape '1x8'": ("--shapes", "1x8"),
     "unknown shape '1x8:a:1'": ("--shapes", "1x8:a:1"),
+    "unknown shape '8x8:5:1': AXIS is that of a size": ("--shapes", "8x8:5:1"),
+    "unknown shape '8x8:1:9': AXIS": ("--shapes", "8x8:1:9"),
+    "unknown shape '0x8:1:1': AXIS": ("--shapes", "0x8:1:1"),
     "unknown operator 'block'": ("--shapes", "8x8:1:2:block"),
     "unknown type 'int8'": ("--dtype", "int8"),
     "unknown direction 'up'": ("--direction", "fwd,up"),
