@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -57,6 +58,20 @@ def usable_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch finds no GPU here")
     return torch.device(name)
+
+
+def usable_folder(path: Path) -> Path:
+    """The folder, made where it does not exist; ends the program with a message where nothing can be written to it.
+
+    To be asked before anything is measured.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise SystemExit(f"--out {path}: it takes a folder to write to, {error.strerror or error}") from None
+    return path
 
 
 def available_memory() -> int | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .. import arguments
-from ..environment import available_memory, describe, usable_device
+from ..environment import available_memory, describe, usable_device, usable_folder
 from ..report import format_table, write_csv, write_json
 from .contenders import BUILDS_ACTIVATIONS, INFERENCE_ONLY, NAMES, OURS
 
@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
                 raise SystemExit(f"unknown {what} {name!r}, known are {', '.join(known)}")
     dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     budget = (0.5 if options.quick else 5.0) if options.budget is None else options.budget
+    usable_folder(options.out)
     environment = describe(device)
     print(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None), flush=True)
     rows: list[dict] = []
@@ -80,7 +81,6 @@ def run(options: argparse.Namespace) -> int:
             rows.append(cell | (_excess(contender, shape, dtype, device) or _child(task, options.limit)))
             if contender == contenders[-1]:
                 cases.write(_section(shape, [row for row in rows if row["shape"] == shape]))
-    options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"additive-{device.type}"
     write_json(stem.with_suffix(".json"), {"environment": environment, "rows": rows})
     write_csv(stem.with_suffix(".csv"), [row | environment for row in rows])

@@ -13,7 +13,7 @@ import torch
 from daam_kernels.backends import BACKENDS, resolve
 
 from .. import arguments
-from ..environment import describe, usable_device
+from ..environment import describe, usable_device, usable_folder
 from ..kernels.check import complaint, errors, truth
 from ..kernels.contender import BOTH, CONTRACT, FORWARD, Contender
 from ..kernels.data import make_case
@@ -65,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
         resolve(options.backend, torch.empty(0, device=device))
     except (RuntimeError, ValueError) as error:
         raise SystemExit(f"--backend {options.backend}: {error}") from None
+    usable_folder(options.out)
     torch.set_num_threads(options.threads)
     environment, rows = describe(device), []
     print(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None), flush=True)
@@ -74,7 +75,6 @@ def run(options: argparse.Namespace) -> int:
         rows += found
         for direction in _DIRECTIONS:
             print(_table([row for row in found if row["direction"] == direction]), flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
     paths = [options.out / f"host-{device.type}.{suffix}" for suffix in ("json", "csv")]
     write_json(paths[0], {"environment": environment, "rows": rows})
     write_csv(paths[1], [{**row, **environment} for row in rows])

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import arguments
-from ..environment import describe, usable_device
+from ..environment import describe, usable_device, usable_folder
 from . import compare, selection
 from .bare import BARE
 from .contenders import FUSED
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
         "budget": limits.budget, "call_limit": limits.call, "compile_upstream": limits.compile_slowly,
         "seed": options.seed,
     }  # fmt: skip
-    results = Results(options.out / f"kernels-{device.type}", environment, asked)
+    results = Results(usable_folder(options.out) / f"kernels-{device.type}", environment, asked)
     if options.resume:
         results.take_up()
         there = [case for case in cases if results.has(*case)]

@@ -29,7 +29,6 @@ class Results:
         """Take in the cells of one case, all directions of it, and write."""
         self.rows += map(asdict, cells)
         content = {"environment": self.environment, "options": self.options, "rows": self.rows}
-        self.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.json, content)
         to_csv(self.json, content)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import arguments
-from ..environment import describe, usable_device
+from ..environment import describe, usable_device, usable_folder
 from ..kernels.memory import peak_bytes
 from ..report import format_table, write_csv, write_json
 from ..timing import interleave, wall_timer
@@ -43,6 +43,7 @@ def run(options: argparse.Namespace) -> int:
     for name in names:
         if name not in SHAPES:
             raise SystemExit(f"unknown shape {name!r}, known are {', '.join(SHAPES)}")
+    usable_folder(options.out)
     if options.threads:
         torch.set_num_threads(options.threads)
     budget = (0.2 if options.quick else 5.0) if options.budget is None else options.budget
@@ -54,7 +55,6 @@ def run(options: argparse.Namespace) -> int:
         found = measure(case, options.dtype, budget, compiled=not options.quick)
         rows += found
         bar.write(_table(case, found))
-    options.out.mkdir(parents=True, exist_ok=True)
     paths = [options.out / f"pool-{device.type}.{suffix}" for suffix in ("json", "csv")]
     write_json(paths[0], {"environment": environment, "rows": rows})
     write_csv(paths[1], rows)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from .. import arguments
-from ..environment import usable_device
+from ..environment import usable_device, usable_folder
 from ..report import write_json
 from .schedule import run as run_steps
 from .steps import GROUPS, steps
@@ -55,8 +55,8 @@ def run(options: argparse.Namespace) -> int:
         raise SystemExit(f"{_REPOSITORY} has no tests: run this in a checkout of the repository")
     usable_device(options.device)
     out = options.out.resolve()
-    logs = out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    logs = usable_folder(out) / "logs"
+    logs.mkdir(exist_ok=True)
     for record in logs.glob("*.jsonl"):  # of an earlier run; they are appended to
         record.unlink()
     begin = time.monotonic()

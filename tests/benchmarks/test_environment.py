@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import environment
+from benchmarks.__main__ import main
 from daam_kernels import native
 
 CPU = torch.device("cpu")
@@ -55,3 +56,17 @@ def test_nothing_names_the_machine_or_its_folders(monkeypatch):
     assert str(Path.cwd()) not in text and str(Path.home()) not in text
     assert "somebodys" not in text and "6.1.2" in found["platform"]
     assert not platform.node() or platform.node() not in (found["device"], found["platform"])
+
+
+@pytest.mark.parametrize("family", ["kernels", "host", "verify"])
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_measured(tmp_path, family):
+    (tmp_path / "file").touch()
+    options = {"kernels": ["--shapes", "tiny"], "host": ["--cases", "tiny"], "verify": []}[family]
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SystemExit, match=f"--out {folder}: it takes a folder to write to, "):
+            main([family, "--device", "cpu", *options, "--out", str(folder)])
+
+
+def test_a_folder_is_made_whatever_it_is_called(tmp_path):
+    folder = tmp_path / "größe 文" / "below"
+    assert environment.usable_folder(folder) == folder and folder.is_dir() and not list(folder.iterdir())
