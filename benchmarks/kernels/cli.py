@@ -76,10 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Sweep, print and write; returns the exit status.
 
-    It is 1 where the fused operator or its kernel was wrong, failed, or is slower than in the results to compare with.
+    It is 1 where the fused operator or its kernel was wrong, failed, or is slower than in the results to compare with,
+    and where there is no right result at all.
     """
     device = usable_device(options.device)
     cases = _cases(options, device)
+    if not cases:
+        raise SystemExit("nothing is left to measure: --shapes, --num-heads")
     old = load(options.compare) if options.compare else None  # now, because it may be the file that is written
     limits = _limits(options)
     if options.threads:
@@ -108,7 +111,8 @@ def run(options: argparse.Namespace) -> int:
     _finish(results)
     ours = [row for row in results.rows if row["contender"].startswith((FUSED, BARE))]
     regressed = compare.report(old, {"environment": environment, "rows": results.rows}) if old else 0
-    return int(regressed or any(row["status"] in ("wrong", "failed") for row in ours))
+    bad = any(row["status"] in ("wrong", "failed") for row in ours)
+    return int(regressed or bad or not any(row["status"] == "ok" for row in results.rows))
 
 
 def _cases(options: argparse.Namespace, device: torch.device) -> list[tuple[Shape, torch.dtype]]:

@@ -94,6 +94,15 @@ def test_the_csv_says_what_the_json_says_whatever_came_between_the_two(tmp_path,
     assert (tmp_path / "kernels-cpu.csv").read_text() == content
 
 
+def test_a_run_that_measures_nothing_does_not_end_as_if_it_had(tmp_path, monkeypatch, quiet):
+    with pytest.raises(SystemExit, match="nothing is left to measure: --shapes, --num-heads"):
+        cli.run(options("--shapes", "ragged", "--num-heads", "8", "--out", str(tmp_path)))
+    monkeypatch.setattr("benchmarks.kernels.sweep.available_memory", lambda: 1)
+    assert cli.run(options("--shapes", "tiny", "--out", str(tmp_path))) == 1
+    (row,) = json.loads((tmp_path / "kernels-cpu.json").read_text())["rows"]
+    assert row["status"] == "failed" and row["note"].startswith("MemoryError")
+
+
 def test_differences_leave_out_the_moment():
     old = {"date": "1", "load_at_start": 0.1, "torch": "2.11", "device": "a"}
     new = {"date": "2", "load_at_start": 0.9, "torch": "2.13", "device": "a", "settings": "x"}
