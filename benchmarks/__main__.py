@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from .additive import cli as additive
 from .alignment import cli as alignment
 from .bags import cli as bags
+from .environment import INTERRUPTED
 from .host import cli as host
 from .kernels import cli as kernels
 from .kernels import compare, page, readme
@@ -43,14 +45,21 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return _FAMILIES[options.family].run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
+        missing = (error.name or "").split(".")[0]
+        if missing not in _EXTRAS:
             raise
         extra = options.family if options.family in ("bags", "quickstart") else "benchmarks"
         install = f'pip install -c constraints.txt ".[{extra}]"'
-        print(f"{error.name} is not installed; in the repository root: {install}", file=sys.stderr)
+        print(f"{missing} is not installed; in the repository root: {install}", file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # as Ctrl-C: what was measured is kept, children are ended
     sys.exit(main())

@@ -17,6 +17,8 @@ import daam_kernels
 from daam_kernels import native
 from daam_kernels.kernels import tuning
 
+INTERRUPTED = 130  # the exit status by which a shell knows a program that Ctrl-C ended
+
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _SETTINGS = (  # that change the numbers
     "DAAM_KERNELS_BACKEND", "DAAM_KERNELS_HUGE_PAGES", "DAAM_KERNELS_INSTRUCTION_SET", "DAAM_KERNELS_TUNED",

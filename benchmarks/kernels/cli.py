@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Callable
 
 import torch
 
 from .. import arguments
-from ..environment import describe, usable_device, usable_folder
+from ..environment import INTERRUPTED, describe, usable_device, usable_folder
 from . import compare, selection
 from .bare import BARE
 from .contenders import FUSED
@@ -22,7 +23,6 @@ from .table import section
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _RESULTS = Path("benchmarks") / "results"
 _QUICK_SHAPES = "tiny,wavlm"
-_INTERRUPTED = 130  # what a shell calls a program that Ctrl-C ended
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +79,8 @@ def run(options: argparse.Namespace) -> int:
     It is 1 where the fused operator or its kernel was wrong, failed, or is slower than in the results to compare with,
     and where there is no right result at all.
     """
+    from .plots import plot  # now and not at the end: a sweep of hours is not to be lost for want of matplotlib
+
     device = usable_device(options.device)
     cases = _cases(options, device)
     if not cases:
@@ -107,8 +109,8 @@ def run(options: argparse.Namespace) -> int:
         _sweep_all(cases, device, options.seed, limits, results)
     except KeyboardInterrupt:
         print(f"interrupted; with --resume the same command goes on after the cases in {results.json}")
-        return _INTERRUPTED
-    _finish(results)
+        return INTERRUPTED
+    _finish(results, plot)
     ours = [row for row in results.rows if row["contender"].startswith((FUSED, BARE))]
     regressed = compare.report(old, {"environment": environment, "rows": results.rows}) if old else 0
     bad = any(row["status"] in ("wrong", "failed") for row in ours)
@@ -138,7 +140,7 @@ def _limits(options: argparse.Namespace) -> Limits:
 def _sweep_all(
     cases: list[tuple[Shape, torch.dtype]], device: torch.device, seed: int, limits: Limits, results: Results
 ) -> None:
-    from tqdm import tqdm  # here and below: the extras are needed by whoever runs this, not by whoever asks for help
+    from tqdm import tqdm  # here and above: the extras are needed by whoever runs this, not by whoever asks for help
 
     line = "{percentage:3.0f}%|{bar:24}| {elapsed}<{remaining} {desc}"
     weights = [_weight(shape.numel) for shape, _ in cases]
@@ -157,10 +159,8 @@ def _sweep_all(
             bar.update(sum(weights[: i + 1]) - bar.n)  # a case that failed did not take its steps
 
 
-def _finish(results: Results) -> None:
+def _finish(results: Results, plot: Callable[[Path, Path], list[Path]]) -> None:
     """The pictures, the page, and where everything is."""
-    from .plots import plot
-
     if results.rows:
         pictures = plot(results.csv, results.csv.parent)
         page = write_page(results.csv.parent)

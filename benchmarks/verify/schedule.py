@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Callable
 
 OK, FAILED, TIMED_OUT, OUT_OF_TIME, NOT_RUN = "ok", "failed", "timed out", "out of time", "not run"
-BAD = (FAILED, TIMED_OUT, OUT_OF_TIME)
+INTERRUPTED = "interrupted"
+BAD = (FAILED, TIMED_OUT, OUT_OF_TIME, INTERRUPTED)
 
 _POLL, _GRACE = 0.1, 3.0
 _LEAST = 3.0  # seconds that a step must have left to be started
@@ -111,6 +112,14 @@ def run(
                     running.append(_start(step, now, until, logs, folder))
                     advance(f"{step.name}: started")
             time.sleep(_POLL)
+    except KeyboardInterrupt:  # what has ended by now is still worth its summary
+        now, started = time.monotonic() - begin, {one.step.name: one for one in running}
+        for step in (step for step in steps if step.name not in outcomes):
+            if one := started.get(step.name):
+                taken = dict(started=one.started, seconds=now - one.started, log=one.log)
+                note(Outcome(step, INTERRUPTED, f"after {now - one.started:.0f} s", **taken))
+            else:
+                note(Outcome(step, INTERRUPTED, "before it started"))
     finally:
         for one in running:
             _end(one.process)

@@ -62,6 +62,30 @@ def test_steps_end_apart_from_each_other(tmp_path, monkeypatch):
             time.sleep(0.1)
 
 
+def test_an_interrupted_run_ends_its_steps_and_keeps_what_was_done(tmp_path):
+    lasting = tmp_path / "lasting"
+    chosen = [
+        Step("done", python("pass"), 20),
+        Step("slow", python(f"import time; time.sleep(2); open({str(lasting)!r}, 'w')"), 20, after=("done",)),
+        Step("after", python("pass"), 20, after=("slow",)),
+    ]
+    said = []
+
+    def advance(what):
+        said.append(what)
+        if what == "slow: started":
+            raise KeyboardInterrupt
+
+    done, slow, after = schedule.run(chosen, tmp_path / "logs", 60, 2, tmp_path, advance)
+    assert (done.status, slow.status, after.status) == (schedule.OK, schedule.INTERRUPTED, schedule.INTERRUPTED)
+    assert said[-2:] == ["slow: interrupted, 0 s after 0 s", "after: interrupted, 0 s before it started"]
+    rows = [summary.judge(outcome, tmp_path, "cpu") for outcome in (done, slow, after)]
+    expected = ["slow: interrupted, after 0 s", "after: interrupted, before it started"]
+    assert summary.failures(rows) == expected
+    time.sleep(2.5)
+    assert not lasting.exists()
+
+
 def test_a_broken_context_ends_the_trial(tmp_path, monkeypatch, capsys):
     def fails():
         raise ValueError("\nan error\nand more")
