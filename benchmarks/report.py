@@ -1,10 +1,14 @@
-"""Results on paper: fixed-width tables, CSV and JSON. One row is a dictionary, None where there is no value."""
+"""Results on paper: fixed-width tables, CSV and JSON. One row is a dictionary, None where there is no value.
+
+A number that is not finite is written as no value.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import math
 import os
 from pathlib import Path
 from typing import Mapping, Sequence
@@ -32,7 +36,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
+    writer.writerows({name: "" if value is None else value for name, value in _finite(row).items()} for row in rows)
     write_text(path, text.getvalue())
 
 
@@ -44,12 +48,21 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def write_json(path: Path, content: object) -> None:
     """``content`` as indented JSON."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict:
     """What :func:`write_json` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _finite(content):
+    """The same with None for infinity and NaN, of which JSON knows nothing: other readers would refuse the file."""
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_text(path: Path, text: str) -> None:

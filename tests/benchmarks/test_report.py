@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks.report import format_table, read_csv, write_csv, write_json
 
 
@@ -27,3 +29,13 @@ def test_json_round_trip(tmp_path):
     content = {"rows": [{"time": None, "name": "x"}], "environment": {"threads": 2}}
     write_json(tmp_path / "a.json", content)
     assert json.loads((tmp_path / "a.json").read_text()) == content
+
+
+def test_no_file_has_a_number_that_json_does_not_know(tmp_path):
+    row = {"error": float("inf"), "times": [float("nan"), 1.0], "note": "error of y is inf"}
+    write_json(tmp_path / "a.json", {"rows": [row]})
+    write_csv(tmp_path / "a.csv", [row])
+    refused = {"parse_constant": lambda name: pytest.fail(f"{name} is not JSON")}
+    (read,) = json.loads((tmp_path / "a.json").read_text(), **refused)["rows"]
+    assert read == {**row, "error": None, "times": [None, 1.0]}
+    assert read_csv(tmp_path / "a.csv") == [{"error": "", "times": "[None, 1.0]", "note": "error of y is inf"}]
