@@ -77,6 +77,14 @@ def test_a_direction_that_failed_in_all_cases_of_a_set_leaves_its_panel_empty(tm
     assert png.name == "x-gaussians.png" and svg.read_text().count("no times") == 1
 
 
+def test_a_small_fraction_is_not_called_zero(tmp_path):
+    rows = read_csv(csv_of(tmp_path, [TINY]))
+    for row in rows:
+        row["of_copy"] = "0.0036"
+    _, svg = dots.fraction_of_copy(rows, tmp_path / "x")
+    assert ">0.004<" in svg.read_text() and ">0.00<" not in svg.read_text()
+
+
 def test_memory_is_in_sizes_of_x(tmp_path):
     (row, *_) = read_csv(csv_of(tmp_path, [TINY]))
     assert dots._of_x(row, "peak_mb") == pytest.approx(3) and dots._of_x(row, "saved_mb") is None

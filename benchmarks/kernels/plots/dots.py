@@ -82,7 +82,9 @@ def _dots(axis: plt.Axes, labels: list[str], name: str, form: str, values: list[
     if name != FUSED:
         return
     for value, y in points:
-        _write(axis, format(value, form), (value, y), axis.transData, "center")
+        text = format(value, form)
+        text = format(value, ".1g") if value and not float(text) else text  # on these scales it is not zero
+        _write(axis, text, (value, y), axis.transData, "center")
     for row, value in values:
         if row["status"] in ("wrong", "failed"):
             _write(axis, row["status"], (0.01, labels.index(_label(row))), axis.get_yaxis_transform(), "left")
