@@ -62,17 +62,17 @@ def usable_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def usable_folder(path: Path) -> Path:
+def usable_folder(path: Path, named_by: str = "--out") -> Path:
     """The folder, made where it does not exist; ends the program with a message where nothing can be written to it.
 
-    To be asked before anything is measured.
+    To be asked before anything is measured. ``named_by``: what a user sets it with.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise SystemExit(f"--out {path}: it takes a folder to write to, {error.strerror or error}") from None
+        raise SystemExit(f"{named_by} {path}: it takes a folder to write to, {error.strerror or error}") from None
     return path
 
 

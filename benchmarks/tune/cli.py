@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import arguments
-from ..environment import usable_device
+from ..environment import usable_device, usable_folder
 from ..kernels.check import truth
 from ..kernels.contenders import FUSED, contenders
 from ..kernels.data import make_case
@@ -78,6 +78,7 @@ def run(options: argparse.Namespace) -> int:
     dtypes = choose(options.dtype or ("float32,bfloat16" if on_gpu else "float32"), _DTYPES, "type")
     directions = choose(options.direction, _DIRECTIONS, "direction")
     model = tuning.model_of(torch.empty(0, device=device).device)
+    usable_folder(tuning.folder(), tuning.FOLDER)
     bar = tqdm(total=len(dtypes) * len(shapes) * len(directions), unit="tile", dynamic_ncols=True)
     failures, rows = 0, []
     for dtype, shape in itertools.product(dtypes, shapes):
@@ -95,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
     bar.close()
     if rows:
         print(format_table(_HEADER, rows))
-    print(f"kept in {tuning.path_of(model)}")
+        print(f"kept in {tuning.path_of(model)}")
     return int(failures > 0)
 
 

@@ -127,3 +127,21 @@ def test_what_it_does_not_know_is_told(monkeypatch, message):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit, match=message):
         main(["tune", "--device", "cpu", *UNKNOWN[message]])
+
+
+def test_a_folder_that_nothing_can_be_kept_in_is_told_before_the_search(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(tuning.FOLDER, str(tmp_path / "file"))
+    with pytest.raises(SystemExit, match=f"DAAM_KERNELS_CACHE {tmp_path / 'file'}: it takes a folder to write to"):
+        main(["tune", "--device", "cpu", "--shapes", "tiny"])
+
+
+def test_nothing_is_said_to_be_kept_where_the_search_failed(monkeypatch, capsys):
+    def failing(*arguments):
+        raise MemoryError("none left")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("benchmarks.tune.cli.make_case", failing)
+    assert main(["tune", "--device", "cpu", "--shapes", "tiny"]) == 1
+    assert "kept in" not in capsys.readouterr().out
