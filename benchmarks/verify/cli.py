@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
     logs.mkdir(exist_ok=True)
     for record in logs.glob("*.jsonl"):  # of an earlier run; they are appended to
         record.unlink()
+    (out / "environment.json").unlink(missing_ok=True)  # which the first step writes anew, where it is asked for
     begin = time.monotonic()
 
     def advance(what: str) -> None:

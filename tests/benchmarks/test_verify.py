@@ -268,6 +268,13 @@ def test_every_operator_has_problems_of_both_sizes(operator):
     assert len(set(large)) == len(large) >= len({p.name for p in small})
 
 
+def test_a_summary_names_no_environment_of_an_earlier_run(tmp_path, capsys):
+    (tmp_path / "environment.json").write_text('{"commit": "an earlier one"}')
+    assert main(["verify", "--device", "cpu", "--steps", "sanitizer", "--out", str(tmp_path)]) == 0
+    assert "an earlier one" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "verify.json").read_text())["environment"] == {}
+
+
 def test_a_dry_run(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     chosen = ["verify", "--device", "cpu", "--out", str(tmp_path), "--cores", "2"]
