@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import native, reference
 from ..backends import resolve
 from ..options import DensityOptions
+from ..reference import density_attention_blocks as in_blocks
 from ..sequences import check_packing
 from . import eager
 from .registration import register
@@ -134,7 +135,10 @@ def _forward(
     """(y, weights or None) of a backend by its own name. Triton fills stats for its backward; others leave them."""
     _check_packing(x, mean_offsets, cu_seqlens, options)
     if backend == "reference":
+        named = _reference_options(log_shares, mask, options)
         with torch.no_grad():
+            if cu_seqlens is None:
+                return in_blocks.forward(x, mean_offsets, c, return_weights=return_weights, **named)
             result = _reference_forward(x, mean_offsets, c, log_shares, mask, cu_seqlens, options, return_weights)
         y, weights = result if return_weights else (result, None)
         return _as_layout(y, x), _as_layout(weights, x) if return_weights else None
@@ -176,6 +180,8 @@ def _backward(
 
         return density_backward(grad, x, mean_offsets, c, mask, stats, options, log_shares, cu_seqlens)
     with torch.no_grad():
+        if cu_seqlens is None:
+            return in_blocks.backward(grad, x, mean_offsets, c, **_reference_options(log_shares, mask, options))
         dx, *rest = _reference_backward(grad, x, mean_offsets, c, log_shares, mask, cu_seqlens, options)
     return _as_layout(dx, x), *rest
 

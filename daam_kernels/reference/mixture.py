@@ -80,7 +80,7 @@ class _GroupMixture:
 
     def density(self) -> Density:
         values = sum(g.density(self.highest) for g in self.gaussians)
-        nearest = values.detach().argmax(self.s.axis, keepdim=True)
+        nearest = values.detach().max(self.s.axis, keepdim=True).indices
         return Density(values, self.highest, nearest)
 
     def gradient(self, weights: Weights, q: Tensor) -> DensityGradient:

@@ -39,7 +39,7 @@ class Slices(NamedTuple):
 
     def nearest(self, z: Tensor) -> Tensor:
         """Where in each slice z is smallest in size."""
-        return self.in_domain(z.detach().square(), math.inf).argmin(self.axis, keepdim=True)
+        return self.in_domain(z.detach().square(), math.inf).min(self.axis, keepdim=True).indices
 
     def lowest(self, t: Tensor) -> Tensor:
         """The smallest t of each slice, without a gradient."""
@@ -134,7 +134,7 @@ def standardise(x: Tensor, valid: Tensor | None, axis: int, padding_stats: str, 
         shifted = counted = x - x0
         count, skipped = n, None
     else:
-        first = valid.to(torch.uint8).argmax(axis, keepdim=True)
+        first = valid.to(torch.uint8).max(axis, keepdim=True).indices
         x0 = torch.where(valid, x, 0).gather(axis, first).detach()
         if exclude:
             shifted = counted = torch.where(valid, x - x0, 0)

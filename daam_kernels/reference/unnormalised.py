@@ -93,7 +93,7 @@ class _GroupDensity:
 
     def density(self) -> Density:
         values = sum(g.density(g.e()) for g in self.gaussians)
-        nearest = values.detach().argmax(self.s.axis, keepdim=True)
+        nearest = values.detach().max(self.s.axis, keepdim=True).indices
         return Density(values, torch.zeros_like(self.s.rstd), nearest)
 
     def gradient(self, weights: Weights, q: Tensor) -> DensityGradient:
