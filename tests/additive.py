@@ -7,7 +7,7 @@ import torch
 from daam_kernels import reference
 from daam_kernels.ops import additive_attention as operator
 from daam_kernels.options import AdditiveProblem
-from support import TOLERANCES, assert_close, generator
+from support import TOLERANCES, assert_close, generator, relative_error
 
 NAMES = ("output", "weights", "dquery", "dkey", "dvalue", "dweight", "dattn_mask")
 
@@ -96,11 +96,15 @@ def check_average(backend, dtype, device="cpu"):
     assert_contract(results(public(backend, average_weights=True), *tensors, **options), expected, dtype)
 
 
-def assert_contract(got, expected, dtype):
-    """Output and weights within the tolerance of y, gradients of what has queries or keys of dx, weight's its own."""
+def assert_contract(got, expected, dtype, moved=()):
+    """Output and weights within the tolerance of y, gradients of what has queries or keys of dx, weight's its own.
+
+    Of a problem that nobody chose a sum may cancel by accident. ``moved`` are its truths where the inputs are rounded:
+    eight times as far as they are from ``expected`` is allowed.
+    """
     y, dx, parameters = TOLERANCES[dtype]
     tolerances = dict(zip(NAMES, (y, y, dx, dx, dx, parameters, parameters)))
-    for name, g, e in zip(NAMES, got, expected, strict=False):
+    for index, (name, g, e) in enumerate(zip(NAMES, got, expected, strict=False)):
         assert torch.isfinite(g).all(), name
-        assert_close(g, e, tolerances[name], name)
+        assert_close(g, e, max([tolerances[name], *(8 * relative_error(m[index], e) for m in moved)]), name)
     assert len(got) == len(expected)
