@@ -57,7 +57,10 @@ def test_what_was_measured_with_something_else_is_ignored(field):
     assert tuning.read(path, DEVICE) == ({}, f"it was measured with another {field}")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": {}}', '{"version": 1, "tiles": 2}', "\0" * 9])
+BROKEN = ["", "{", "[]", "null", '{"version": {}}', '{"version": 1, "tiles": 2}', "\0" * 9, "[" * 200_000]
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=lambda text: text[:9])
 def test_a_broken_file_is_ignored_with_one_line_and_replaced(text, caplog, monkeypatch):
     path = tuning.path_of(DEVICE)
     path.write_text(text)
