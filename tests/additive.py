@@ -100,11 +100,11 @@ def assert_contract(got, expected, dtype, moved=()):
     """Output and weights within the tolerance of y, gradients of what has queries or keys of dx, weight's its own.
 
     Of a problem that nobody chose a sum may cancel by accident. ``moved`` are its truths where the inputs are rounded:
-    eight times as far as they are from ``expected`` is allowed.
+    four times as far as they are from ``expected`` is allowed.
     """
     y, dx, parameters = TOLERANCES[dtype]
     tolerances = dict(zip(NAMES, (y, y, dx, dx, dx, parameters, parameters)))
     for index, (name, g, e) in enumerate(zip(NAMES, got, expected, strict=False)):
         assert torch.isfinite(g).all(), name
-        assert_close(g, e, max([tolerances[name], *(8 * relative_error(m[index], e) for m in moved)]), name)
+        assert_close(g, e, max([tolerances[name], *(4 * relative_error(m[index], e) for m in moved)]), name)
     assert len(got) == len(expected)

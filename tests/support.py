@@ -26,8 +26,8 @@ TOLERANCES = {
 }
 
 # Where the true gradient is smaller than this, a backend only has to be finite.
-OVERFLOWS = {torch.float16: 65520.0}  # what rounds to infinity
 NEGLIGIBLE = 1e-30
+OVERFLOWS = {torch.float16: 65520.0}  # what rounds to infinity
 
 
 def _backends() -> tuple[str, ...]:
@@ -268,14 +268,16 @@ def assert_contract_of_any(got, x: Tensor, mean_offsets: Tensor, c: Tensor, grad
     the parameters' gradients over a handful of slices may cancel: then they are as exact as what is added up.
     """
     expected = truth(x, mean_offsets, c, grad, **options)
-    finest = max(torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps, NEGLIGIBLE)
+    smallest = torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps
     near = []
-    for g, e in zip((t.detach().cpu().double() for t in got[:2]), expected):
+    for g, e, finest in zip(
+        (t.detach().cpu().double() for t in got[:2]), expected, (smallest, max(smallest, NEGLIGIBLE))
+    ):
         past = e.abs() >= OVERFLOWS.get(x.dtype, math.inf)
         assert torch.equal(g[past], e[past].sign() * math.inf)
         near.append(torch.where(past | ((g - e).abs() <= finest), e, g))
     sizes = extended_truth(x, mean_offsets, c, grad, **options)[4:]
-    rounding = 1e-14 if x.dtype == torch.float64 else 1e-6
+    rounding = 1e-15 if x.dtype == torch.float64 else 2e-7
     for g, e, size in zip(got[2:], expected[2:], sizes, strict=True):
         g = g.detach().cpu().double()
         near.append(e if (g - e).norm() <= rounding * size.norm() else g)

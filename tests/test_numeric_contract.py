@@ -127,7 +127,7 @@ def test_contract_holds_with_the_clamp_active(backend, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_contract_holds_for_many_wide_gaussians(backend, dtype):
-    """Their densities are some 2^86 below eps: a rounded logarithm of that alone is off by more than the contract."""
+    """Their densities are some 2^85 below eps: a rounded logarithm of that alone is off by more than the contract."""
     rng, device, shape = generator(5), device_of(backend), shape_of(backend, 1)
     x, grad = (torch.randn(shape, generator=rng).to(device, dtype) for _ in range(2))
     mean_offsets, c = gaussians(NUM_HEADS, 48, rng, offsets=0.05, width=2.0, dtype=torch.float64, device=device)
