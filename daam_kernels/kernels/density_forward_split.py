@@ -31,7 +31,7 @@ from .density_math import (
     value_at_peak,
 )
 from .host import SIZES
-from .mixture_math import gate_density, mark_far, merge_mixture, mixture_least, mixture_density, mixture_over_peak
+from .mixture_math import gate_density, mark_far, merge_mixture, mixture_density, mixture_least, mixture_over_peak
 from .tiles import (
     first_valid,
     load_slices,

@@ -135,9 +135,9 @@ def _forward(
     """(y, weights or None) of a backend by its own name. Triton fills stats for its backward; others leave them."""
     _check_packing(x, mean_offsets, cu_seqlens, options)
     if backend == "reference":
-        named = _reference_options(log_shares, mask, options)
         with torch.no_grad():
             if cu_seqlens is None:
+                named = _reference_options(log_shares, mask, options)
                 return in_blocks.forward(x, mean_offsets, c, return_weights=return_weights, **named)
             result = _reference_forward(x, mean_offsets, c, log_shares, mask, cu_seqlens, options, return_weights)
         y, weights = result if return_weights else (result, None)
