@@ -24,7 +24,7 @@ extern "C" {
 #endif
 
 /* Changes whenever a structure or a signature below does. */
-#define DAAM_ABI_VERSION 2
+#define DAAM_ABI_VERSION 3
 
 enum daam_type { DAAM_FLOAT32 = 0, DAAM_FLOAT64 = 1, DAAM_BFLOAT16 = 2, DAAM_FLOAT16 = 3 };
 
@@ -87,6 +87,18 @@ DAAM_API int daam_density_forward(
 DAAM_API int daam_density_backward(
     const daam_density* problem, const void* grad, const void* x, const void* mean_offsets, const void* c,
     const uint8_t* mask, void* dx, void* d_mean_offsets, void* d_c, daam_parallel_for parallel_for);
+
+/* The same of a mixture in the place of the product: the sum of the Gaussians, of height 1, each times its share.
+ * log_shares and its gradient are contiguous [num_heads, num_gaussians]: the logarithms of the shares, -infinity for a
+ * Gaussian that is not there. */
+DAAM_API int daam_mixture_forward(
+    const daam_density* problem, const void* x, const void* mean_offsets, const void* c, const double* log_shares,
+    const uint8_t* mask, void* y, void* weights, daam_parallel_for parallel_for);
+
+DAAM_API int daam_mixture_backward(
+    const daam_density* problem, const void* grad, const void* x, const void* mean_offsets, const void* c,
+    const double* log_shares, const uint8_t* mask, void* dx, void* d_mean_offsets, void* d_c, double* d_log_shares,
+    daam_parallel_for parallel_for);
 
 /* A block of additive attention: the sums over hidden units, which are all that is long about it. Numbers are floats;
  * strides are of batch and row, hidden units are contiguous. */

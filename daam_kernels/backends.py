@@ -16,6 +16,8 @@ BACKENDS = ("triton", "native", "cuda", "reference")
 ENVIRONMENT_VARIABLE = "DAAM_KERNELS_BACKEND"
 ADDITIVE_ATTENTION = "additive attention"  # in the place of a density
 
+_DENSITIES = {"native": ("product", "mixture"), "cuda": ("product",)}  # what those serve that do not serve all
+
 _RAW_VARIABLE = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 
@@ -72,9 +74,9 @@ def reference_form(device_type: str, intermediates: int) -> str:
     Evidence, on one thread of an AVX2 CPU, float32, forward and with the backward: at 2 ** 8 to 2 ** 17 intermediates
     the formula took 0.3 to 0.8 of the time of additive attention's blocks in plain PyTorch, at 2 ** 18 0.5 to 1.5, at
     2 ** 21 4 to 12; of native blocks 0.3 to 0.7 up to 2 ** 16, 0.8 to 1.0 at 2 ** 17, 1.1 to 1.2 at 2 ** 18; of
-    pooling's 0.37 to 0.9 up to 2 ** 17, in float64 too. Of the densities none needs a rule: native took at most 0.7
-    of the time of plain PyTorch, from 2 elements to millions and from 1 Gaussian to a million, and serves the product
-    alone. On CUDA nothing has been measured: no rule.
+    pooling's 0.37 to 0.9 up to 2 ** 17, in float64 too. Of the densities none needs a rule: where native serves one it
+    took at most 0.7 of the time of plain PyTorch, from 2 elements to millions, of the product from 1 Gaussian to a
+    million, of the mixture at most 0.25, from 1 to 1000. On CUDA nothing has been measured: no rule.
     """
     return "formula" if device_type == "cpu" and intermediates <= 1 << 17 else "blocks"
 
@@ -109,8 +111,9 @@ def _status(backend: str, x: Tensor, density: str) -> BackendStatus:
     if density == ADDITIVE_ATTENTION and backend == "native":
         if x.dtype == torch.float64:
             return BackendStatus(False, f"of {density} it serves float32, bfloat16 and float16, got {x.dtype}")
-    elif backend in ("native", "cuda") and density != "product":
-        return BackendStatus(False, f"it serves density='product' alone, got {density!r}")
+    elif density not in _DENSITIES.get(backend, (density,)):
+        served = " and ".join(map(repr, _DENSITIES[backend]))
+        return BackendStatus(False, f"it serves density={served} alone, got {density!r}")
     if backend == "triton":
         return _triton_status(x.is_cuda)
     if backend == "native":

@@ -27,7 +27,7 @@ CUDA_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _HERE = Path(__file__).resolve().parent
 _LIBRARY, _CUDA_IMAGE, _BUILD = _HERE / "_core.so", _HERE / "_cuda.fatbin", _HERE / "_build.json"
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _HAS_PADDING_VALUE, _HAS_MASK, _EXCLUDE, _SOFTMAX, _RESIDUAL, _HUGE_PAGES = (1 << bit for bit in range(6))
 _STATUS = {
@@ -68,6 +68,8 @@ class _Library(NamedTuple):
 
     forward: Callable[..., int]
     backward: Callable[..., int]
+    mixture_forward: Callable[..., int]
+    mixture_backward: Callable[..., int]
     cuda_forward: Callable[..., int]
     cuda_backward: Callable[..., int]
     cuda_workspace: Callable[[int], int]
@@ -189,22 +191,28 @@ def density_forward(
     options: DensityOptions,
     y: Tensor,
     weights: Tensor | None,
+    log_shares: Tensor | None = None,
 ) -> None:
-    """Fill y, and weights where it is given, on the device of x: CPU or CUDA. Both are as torch.empty_like(x)."""
+    """Fill y, and weights where it is given, on the device of x: CPU or CUDA. Both are as torch.empty_like(x).
+
+    ``log_shares``: [num_heads, num_gaussians] of a mixture, on a CPU alone.
+    """
     if not x.numel():
         return
     mean_offsets, c = _served(mean_offsets), _served(c)
     known, (x,), mask = _prepare(mean_offsets, c, mask, options, y, x)
     library = _library()
-    pointers = (
-        known.address, x.data_ptr(), mean_offsets.data_ptr(), c.data_ptr(), _pointer(mask), y.data_ptr(),
-        _pointer(weights),
-    )  # fmt: skip
-    if x.is_cpu:
-        code = library.forward(*pointers, library.parallel_for)
+    parameters = known.address, x.data_ptr(), mean_offsets.data_ptr(), c.data_ptr()
+    pointers = _pointer(mask), y.data_ptr(), _pointer(weights)
+    if log_shares is not None:
+        log_shares = log_shares.double()
+        code = library.mixture_forward(*parameters, log_shares.data_ptr(), *pointers, library.parallel_for)
+    elif x.is_cpu:
+        code = library.forward(*parameters, *pointers, library.parallel_for)
     else:
         with torch.cuda.device(x.device):
-            code = library.cuda_forward(*pointers, _cuda_image(), torch.cuda.current_stream().cuda_stream)
+            stream = torch.cuda.current_stream().cuda_stream
+            code = library.cuda_forward(*parameters, *pointers, _cuda_image(), stream)
     if code:
         _fail(code)
 
@@ -217,31 +225,37 @@ def density_backward(
     mask: Tensor | None,
     options: DensityOptions,
     dx: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dmean_offsets, dc) for y's gradient, on the device of x: CPU or CUDA. ``dx``: what to fill with it."""
+    log_shares: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """(dx, dmean_offsets, dc) for y's gradient, on the device of x: CPU or CUDA. ``dx``: what to fill with it.
+
+    Of a mixture dlog_shares after them, in float64.
+    """
     if mean_offsets.dtype not in _TYPES or c.dtype not in _TYPES:
-        dx, d_offsets, d_c = density_backward(grad, x, _served(mean_offsets), _served(c), mask, options, dx)
-        return dx, d_offsets.to(mean_offsets.dtype), d_c.to(c.dtype)
+        served = _served(mean_offsets), _served(c)
+        dx, d_offsets, d_c, *rest = density_backward(grad, x, *served, mask, options, dx, log_shares)
+        return dx, d_offsets.to(mean_offsets.dtype), d_c.to(c.dtype), *rest
     dx = torch.empty_like(x) if dx is None else dx
-    d_offsets, d_c = _new_gradients(mean_offsets, c)
+    shares = () if log_shares is None else (log_shares.double(),)
+    gradients = _new_gradients(mean_offsets, c, *shares)
     if not x.numel():
-        return dx, d_offsets.zero_(), d_c.zero_()
+        return dx, *(g.zero_() for g in gradients)
     known, (x, grad), mask = _prepare(mean_offsets, c, mask, options, dx, x, grad)
     library = _library()
-    pointers = (
-        known.address, grad.data_ptr(), x.data_ptr(), mean_offsets.data_ptr(), c.data_ptr(), _pointer(mask),
-        dx.data_ptr(), d_offsets.data_ptr(), d_c.data_ptr(),
-    )  # fmt: skip
-    if x.is_cpu:
-        code = library.backward(*pointers, library.parallel_for)
+    parameters = known.address, grad.data_ptr(), x.data_ptr(), mean_offsets.data_ptr(), c.data_ptr()
+    pointers = _pointer(mask), dx.data_ptr(), *(g.data_ptr() for g in gradients)
+    if shares:
+        code = library.mixture_backward(*parameters, shares[0].data_ptr(), *pointers, library.parallel_for)
+    elif x.is_cpu:
+        code = library.backward(*parameters, *pointers, library.parallel_for)
     else:
         with torch.cuda.device(x.device):
             workspace = torch.empty(library.cuda_workspace(known.address), dtype=torch.uint8, device=x.device)
             stream = torch.cuda.current_stream().cuda_stream
-            code = library.cuda_backward(*pointers, workspace.data_ptr(), _cuda_image(), stream)
+            code = library.cuda_backward(*parameters, *pointers, workspace.data_ptr(), _cuda_image(), stream)
     if code:
         _fail(code)
-    return dx, d_offsets, d_c
+    return dx, *gradients
 
 
 def ragged_forward(
@@ -253,12 +267,13 @@ def ragged_forward(
     options: DensityOptions,
     y: Tensor,
     weights: Tensor | None,
+    log_shares: Tensor | None = None,
 ) -> None:
     """The same of packed sequences, one after another; x is [total, features]."""
     mask, options = None if mask is None else mask.expand(x.shape), options._replace(max_seqlen=None)
     for rows in packing(cu_seqlens).rows:
         part_mask, part_weights = (None if t is None else t[rows] for t in (mask, weights))
-        density_forward(x[rows], mean_offsets, c, part_mask, options, y[rows], part_weights)
+        density_forward(x[rows], mean_offsets, c, part_mask, options, y[rows], part_weights, log_shares)
 
 
 def ragged_backward(
@@ -269,18 +284,19 @@ def ragged_backward(
     cu_seqlens: Tensor,
     mask: Tensor | None,
     options: DensityOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
+    log_shares: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """The same of packed sequences; what they give to the parameters is added in float64, the first one first."""
     dx = torch.empty_like(x)
     mask, options = None if mask is None else mask.expand(x.shape), options._replace(max_seqlen=None)
     parameters = mean_offsets.double(), c.double()
-    sums = [torch.zeros_like(p) for p in parameters]
+    sums = [torch.zeros_like(p) for p in (*parameters, *(() if log_shares is None else (log_shares.double(),)))]
     for rows in packing(cu_seqlens).rows:
         part_mask = None if mask is None else mask[rows]
-        _, *gradients = density_backward(grad[rows], x[rows], *parameters, part_mask, options, dx[rows])
+        _, *gradients = density_backward(grad[rows], x[rows], *parameters, part_mask, options, dx[rows], log_shares)
         for total, gradient in zip(sums, gradients):
             total += gradient
-    return dx, sums[0].to(mean_offsets.dtype), sums[1].to(c.dtype)
+    return dx, sums[0].to(mean_offsets.dtype), sums[1].to(c.dtype), *sums[2:]
 
 
 def additive_scores(problem: int, *pointers: int) -> None:
@@ -299,11 +315,8 @@ def additive_gradients(problem: int, *pointers: int) -> None:
         _fail(code)
 
 
-def _new_gradients(mean_offsets: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty_like(mean_offsets, memory_format=torch.contiguous_format),
-        torch.empty_like(c, memory_format=torch.contiguous_format),
-    )
+def _new_gradients(*parameters: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters)
 
 
 def _prepare(mean_offsets, c, mask, options, out, *tensors) -> tuple[Problem, Sequence[Tensor], Tensor | None]:
@@ -411,6 +424,8 @@ def _typed(core: ctypes.CDLL) -> _Library:
     return _Library(
         function("daam_density_forward", 8),
         function("daam_density_backward", 10),
+        function("daam_mixture_forward", 9),
+        function("daam_mixture_backward", 12),
         function("daam_cuda_density_forward", 9),
         function("daam_cuda_density_backward", 12),
         function("daam_cuda_workspace", 1, c_int64),

@@ -14,7 +14,7 @@ from .data import Utterances
 from .model import NUM_GAUSSIANS, SpeakerRecogniser
 from .training import Training, accuracy
 
-_NUM_HEADS = 2  # few, for on a CPU a mixture is plain PyTorch, head by head
+_NUM_HEADS = 2
 
 
 class MixtureLayer(nn.Module):

@@ -56,14 +56,14 @@ class Columns {
     x = {arrays.take(all), n, one};
     first_packed = 0;
     const bool whole = P == Padding::kNone && run == job.longest;
-    is_short = kMayBeShort && whole && n >= 2 && n <= kLongestShort;
+    is_short = kMayBeShort && whole && !job.mixture && n >= 2 && n <= kLongestShort;
     adjacent = lanes.adjacent(p.x) && lanes.adjacent(p.out) && (!BACKWARD || lanes.adjacent(p.grad));
     factors = nullptr;
     moments = nullptr;
     if (BACKWARD) grad = {arrays.take(all), n, one};
     if (t.weights) weights = {arrays.take(all), n, one};
     if (is_short) return;
-    const bool products = whole && n > kLongestShort && !BACKWARD && !job.rules.residual && !t.weights;
+    const bool products = whole && !job.mixture && n > kLongestShort && !BACKWARD && !job.rules.residual && !t.weights;
     if (products) factors = reinterpret_cast<V<T>*>(arrays.take(groups() * N));
     if (whole && n > kBesideEachOther && lanes.count % N == 0 && lanes.adjacent(p.x)) {
       moments = reinterpret_cast<Moments<T>*>(arrays.take(groups() * (int64_t)(sizeof(Moments<T>) / sizeof(T))));

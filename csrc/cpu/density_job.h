@@ -2,6 +2,7 @@
 // added, is the same for any number of threads.
 #pragma once
 
+#include "density_mixture.h"
 #include "density_tiles.h"
 #include "work.h"
 
@@ -23,6 +24,7 @@ constexpr int64_t kWidestTile = 1024;
 constexpr int64_t kBesideEachOther = 32;   // elements of a column up to which groups are worked on together
 constexpr int64_t kTaskNumbers = 4096;     // elements that are worth a task
 constexpr int64_t kMostTasks = 1024;
+constexpr int64_t kMostSums = 1 << 22;     // of all tasks
 constexpr int64_t kSerialNumbers = 32768;  // below that, threads cost more than they save
 constexpr int64_t kStreamedBytes = 16 << 20;  // results from that size on go past the caches
 
@@ -38,7 +40,8 @@ struct Job {
   const daam_density& problem;
   const Tensors& tensors;
   Storage<T> storage;
-  const Heads<T>* heads;  // by the head of the first lane: of N rows that follow each other, or of columns of one head
+  const Mixture<T>* mixture;  // null: the product
+  const Heads<T>* heads;      // by the head of the first lane: of N rows that follow each other, or of columns of one head
   Rules rules;
   bool rows, stream;
   int64_t chunk, longest;      // elements of a slice, and of the longest
@@ -48,7 +51,8 @@ struct Job {
   int64_t span, tiles;         // columns: slices are cut into spans, those into units
   int64_t units;               // rows: counted through slices, then heads; columns: spans, heads, units of a span
   int64_t units_per_task, tasks;
-  double* sums;  // [tasks][heads][4], the backward's
+  int64_t head_sums;           // 4, or of a mixture 3 of each Gaussian
+  double* sums;                // [tasks][heads][head_sums], the backward's
   int status = DAAM_OK;
 
   void run_out_of_memory() { __atomic_store_n(&status, DAAM_OUT_OF_MEMORY, __ATOMIC_RELAXED); }  // from any thread

@@ -1,6 +1,7 @@
 // The entry of one instruction set: chooses how a call is cut and runs it.
 #pragma once
 
+#include "density_mixture_split.h"
 #include "density_split.h"
 
 namespace {
@@ -14,23 +15,72 @@ struct Select<false, A, B> {
   typedef B type;
 };
 
+// No other NaN: see pack_as of BFloat16.
+template <class T>
+T usual(double v) {
+  return v == v ? (T)v : (T)NAN;
+}
+
 // By the head of the first lane. Lanes are heads that follow each other in rows, and all of one head in columns.
 template <class T>
 void set_heads(const Job<T>& job, Heads<T>* heads) {
   const daam_density& p = job.problem;
   for (int64_t h = 0; h < p.num_heads; h++) {
-    const daam::Quadratic q = daam::head_quadratic(p, job.tensors, h);
+    const daam::Quadratic q = job.mixture ? daam::Quadratic() : daam::head_quadratic(p, job.tensors, h);
     const double n = (double)job.length(h), root = sqrt(q.a * 0.5 * kLog2E);
-    const auto usual = [](double v) { return v == v ? (T)v : (T)NAN; };  // no other NaN: see pack_as of BFloat16
     const bool narrow = !(q.a <= 4.0 * least(job.length(h), 16));
     for (int lane = 0; lane < Vector<T>::N; lane++) {
       Heads<T>& to = heads[job.rows ? (h + (p.num_heads - 1) * lane) % p.num_heads : h];
-      to.center[lane] = usual(q.center), to.spread[lane] = usual(q.spread);
-      to.level[lane] = usual(q.level), to.height[lane] = (T)q.height;
-      to.root[lane] = usual(root), to.inverse_root[lane] = usual(1 / root), to.narrow[lane] = narrow ? -1 : 0;
+      to.center[lane] = usual<T>(q.center), to.spread[lane] = usual<T>(q.spread);
+      to.level[lane] = usual<T>(q.level), to.height[lane] = (T)q.height, to.narrow[lane] = narrow ? -1 : 0;
+      to.root[lane] = usual<T>(root), to.inverse_root[lane] = usual<T>(1 / root);
       to.count.n[lane] = (T)n, to.count.share[lane] = (T)(1 / n), to.count.free_share[lane] = (T)(1 / (n - 1));
     }
   }
+}
+
+// The Gaussians of a mixture, whose shares are relative to the largest of their head.
+template <class T>
+void set_gaussians(const Job<T>& job, Component<T>* components, Floor<T>* floors) {
+  const daam_density& p = job.problem;
+  constexpr double absent = -1e300;  // finite: a head without any has no NaN
+  for (int64_t h = 0; h < p.num_heads; h++) {
+    const double* const log_shares = job.tensors.log_shares + h * p.num_gaussians;
+    double highest = absent;
+    for (int64_t k = 0; k < p.num_gaussians; k++) highest = log_shares[k] > highest ? log_shares[k] : highest;
+    for (int64_t k = 0; k < p.num_gaussians; k++) {
+      const double width = daam::read_width(p, job.tensors, h, k);
+      const double log_share = ((log_shares[k] < absent ? absent : log_shares[k]) - highest) * kLog2E;
+      Component<T>& to = components[h * p.num_gaussians + k];
+      to.center = usual<T>(daam::read_offset(p, job.tensors, h, k));
+      to.root = usual<T>(sqrt(0.5 * kLog2E) / fabs(width));
+      to.share = usual<T>(exp2(log_share)), to.log_share = log_share;
+    }
+    floors[h].log = log2(p.eps) - highest * kLog2E;
+    floors[h].value = (T)exp2(floors[h].log);
+  }
+}
+
+// The units of a task where there is a mixture. Not a part of run_task, which is there for the product.
+template <class T, class Unit, bool BACKWARD, Padding P>
+__attribute__((noinline)) void run_mixture_task(
+    Job<T>& job, int64_t task, int64_t begin, int64_t end, Unit& unit) {
+  const Mixture<T>& mixture = *job.mixture;
+  const GaussianScratch<T> scratch(1, mixture.num_gaussians);
+  if (!scratch.there()) {
+    return job.run_out_of_memory();
+  }
+  double* const sums = job.sums + task * job.head_sums * job.problem.num_heads;
+  for (int64_t i = begin; i < end; i++) {
+    unit.pack(i, 0, 0);
+    for (int64_t j = 0; j < unit.groups(); j++) {
+      const Group<T>& group = *unit.take(j, 1);
+      const int64_t head = group.heads - job.heads;  // of the first lane
+      work_on_mixture<T, typename Unit::Layout, P, BACKWARD>(group, mixture, head, job.rules, scratch.of(0), sums);
+    }
+    unit.write_back();
+  }
+  finish_streaming();
 }
 
 // A task: units one after the other, whose slices stay in the cache. They are read once and written once.
@@ -42,13 +92,14 @@ void run_task(Job<T>& job, int64_t task) {
     return job.run_out_of_memory();
   }
   Unit unit(job, job.longest, memory);
+  if (job.mixture) return run_mixture_task<T, Unit, BACKWARD, P>(job, task, begin, end, unit);
   for (int64_t i = begin; i < end; i++) {
     unit.pack(i, 0, 0);
     for (int64_t j = 0; j < unit.groups(); j += unit.together()) {
       const int count = (int)least(unit.together(), unit.groups() - j);
       SliceSums<T> sums[kTogether];
       unit.work_on(j, count, sums);
-      if constexpr (BACKWARD) unit.add(sums, count, j, job.sums + task * job.problem.num_heads * 4);
+      if constexpr (BACKWARD) unit.add(sums, count, j, job.sums + task * job.problem.num_heads * job.head_sums);
     }
     unit.write_back();
   }
@@ -58,11 +109,13 @@ void run_task(Job<T>& job, int64_t task) {
 template <class T, bool ROWS, bool BACKWARD, Padding P>
 void run_job(Job<T>& job, daam_parallel_for parallel_for) {
   using Unit = typename Select<ROWS, Rows<T, BACKWARD, P>, Columns<T, BACKWARD, P>>::type;
-  const auto parallel = [&](int64_t count, auto body) { run_parallel(parallel_for, count, body); };
+  const auto task = [&](int64_t i) { run_task<T, Unit, BACKWARD, P>(job, i); };
   if (job.whole)
-    parallel(job.tasks, [&](int64_t task) { run_task<T, Unit, BACKWARD, P>(job, task); });
+    run_parallel(parallel_for, job.tasks, task);
+  else if (job.mixture)
+    MixtureSplit<T, Unit, BACKWARD, P>(job, parallel_for).run();
   else
-    Split<T, Unit, BACKWARD, P>(job).run(parallel);
+    Split<T, Unit, BACKWARD, P>(job, parallel_for).run();
 }
 
 template <class T, bool ROWS>
@@ -87,9 +140,13 @@ int run_storage(
     const daam_density& p, const Tensors& t, const Storage<T>& storage, daam_parallel_for parallel_for) {
   constexpr int64_t N = Vector<T>::N;
   const int64_t slices = p.outer * p.inner, numbers = slices * p.length;
-  const Memory heads(sizeof(Heads<T>) * p.num_heads);
-  if (!heads.at) return DAAM_OUT_OF_MEMORY;
-  Job<T> job = {p, t, storage, static_cast<const Heads<T>*>(heads.at), {}};
+  const Memory heads(sizeof(Heads<T>) * p.num_heads), floors(sizeof(Floor<T>) * p.num_heads);
+  const Memory components(t.log_shares ? sizeof(Component<T>) * p.num_heads * p.num_gaussians : 0);
+  if (!heads.at || !floors.at || !components.at) return DAAM_OUT_OF_MEMORY;
+  const Mixture<T> mixture = {
+      p.num_heads, p.num_gaussians, static_cast<Component<T>*>(components.at), static_cast<Floor<T>*>(floors.at)};
+  Job<T> job = {p, t, storage, t.log_shares ? &mixture : nullptr, static_cast<const Heads<T>*>(heads.at), {}};
+  job.head_sums = job.mixture ? 3 * p.num_gaussians : 4;
   job.rules = {p.eps, bool(p.flags & DAAM_SOFTMAX), bool(p.flags & DAAM_RESIDUAL)};
   job.chunk = p.length / p.num_heads;
   job.longest = p.length - (p.num_heads - 1) * job.chunk;
@@ -113,20 +170,25 @@ int run_storage(
   job.whole = job.longest <= (job.rows ? longest_row : kLongestColumn);
   job.run = job.rows ? kRowRun : most(kColumnRun, kTileNumbers / job.width);
   set_heads(job, static_cast<Heads<T>*>(heads.at));
-  const int64_t unit_numbers = most(1, job.width * job.chunk);
-  job.units_per_task = most(divide_up(job.units, kMostTasks), divide_up(kTaskNumbers, unit_numbers));
+  if (job.mixture) set_gaussians(job, static_cast<Component<T>*>(components.at), static_cast<Floor<T>*>(floors.at));
+  const int64_t each = job.mixture ? p.num_gaussians : 1;  // what an element takes, over what the product does
+  const int64_t unit_numbers = most(1, job.width * job.chunk * each);
+  const int64_t most_tasks = most(1, least(kMostTasks, kMostSums / (p.num_heads * job.head_sums)));
+  job.units_per_task = most(divide_up(job.units, most_tasks), divide_up(kTaskNumbers, unit_numbers));
   job.tasks = divide_up(job.units, job.units_per_task);
-  const Memory sums(t.grad ? sizeof(double) * job.tasks * p.num_heads * 4 : 0);
+  const size_t sums_bytes = t.grad ? sizeof(double) * job.tasks * p.num_heads * job.head_sums : 0;
+  const Memory sums(sums_bytes);
   if (!sums.at) return DAAM_OUT_OF_MEMORY;
   job.sums = static_cast<double*>(sums.at);
-  if (t.grad) memset(sums.at, 0, sizeof(double) * job.tasks * p.num_heads * 4);
+  memset(sums.at, 0, sums_bytes);
   if (p.flags & DAAM_HUGE_PAGES) {
     daam::advise_huge_pages(t.out, numbers * storage.size);
     if (t.weights) daam::advise_huge_pages(t.weights, numbers * storage.size);
   }
-  if (numbers < kSerialNumbers) parallel_for = nullptr;
+  if (numbers * each < kSerialNumbers) parallel_for = nullptr;
   job.rows ? run_direction<T, true>(job, parallel_for) : run_direction<T, false>(job, parallel_for);
-  if (t.grad && job.status == DAAM_OK) daam::write_parameter_gradients(p, t, job.sums, job.tasks);
+  if (t.grad && job.status == DAAM_OK)
+    (job.mixture ? daam::write_mixture_gradients : daam::write_parameter_gradients)(p, t, job.sums, job.tasks);
   return job.status;
 }
 

@@ -121,7 +121,7 @@ class Short {
 
   DAAM_INLINE Origin<T> at_center(int b) const {
     Origin<T> o;
-    origin_at_center<T>(o, statistics(b), g.heads);
+    origin_at_center<T>(o, statistics(b), g.heads.center, g.heads.root);
     if constexpr (BACKWARD) o.grad = load_as(g.grad(0, b));
     return o;
   }
@@ -156,7 +156,7 @@ class Short {
     Nearest<T> to;
     find_nearest(b, to);
     if (BACKWARD) start_at<T>(o, to.x);
-    move_origin<T>(o, moved, to, statistics(b), g.heads);
+    move_origin<T>(o, moved, to, statistics(b), g.heads.center);
     find_densities<true>(b, o);
     is_moved[b] = true;
     moved_to[b] = o;

@@ -27,7 +27,7 @@ DAAM_INLINE void sweep_densities(const Group<T>& g, const Mask<T>& asked, const 
 
 template <class T, class L, Padding P, bool BACKWARD>
 DAAM_INLINE void find_totals(const Group<T>& g, Density<T>& d) {
-  origin_at_center<T>(d.origin, d.statistics, *g.heads);
+  origin_at_center<T>(d.origin, d.statistics, g.heads->center, g.heads->root);
   if constexpr (BACKWARD) {
     start_at<T>(d.origin, find_near<T, L, P>(g, d.statistics));
     d.origin.grad = first_gradients<T, L, P>(g);
@@ -44,7 +44,7 @@ DAAM_INLINE void find_totals(const Group<T>& g, Density<T>& d) {
     Nearest<T> to;
     to.distance = to.x = to.grad = V<T>{};
     find_nearest<T, L, P, BACKWARD>(g, moved, d.statistics, INT64_MAX, to);
-    move_origin<T>(d.origin, moved, to, d.statistics, *g.heads);
+    move_origin<T>(d.origin, moved, to, d.statistics, g.heads->center);
     sweep_densities<T, L, P, BACKWARD, true>(g, moved, d.origin, d.totals);
   }
 }

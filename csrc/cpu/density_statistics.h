@@ -113,14 +113,21 @@ struct Statistics {
   V<T> high, low, var, rstd;
 };
 
+// The sum of squares of distances from the mean, which is shift + offset; infinite where that of those from shift is.
+template <class T>
+DAAM_INLINE V<T> squares_from_mean(const Moments<T>& m, V<T> offset) {
+  const V<T> squares = m.second - m.first * offset, positive = squares < 0 ? V<T>{} : squares;
+  return positive == positive ? positive : m.second;
+}
+
 // s.count is there already.
 template <class T>
 DAAM_INLINE void finish_statistics(const Moments<T>& m, double eps, Statistics<T>& s) {
-  const V<T> offset = m.first * s.count.share, squares = m.second - m.first * offset;
+  const V<T> offset = m.first * s.count.share;
   s.high = m.shift + offset;
   const V<T> taken = s.high - m.shift;
   s.low = (m.shift - (s.high - taken)) + (offset - taken);
-  s.var = (squares < 0 ? V<T>{} : squares) * s.count.free_share + (T)eps;
+  s.var = squares_from_mean<T>(m, offset) * s.count.free_share + (T)eps;
   s.rstd = 1 / square_root(s.var);
 }
 

@@ -34,12 +34,12 @@ DAAM_INLINE void set_origin(Origin<T>& o, V<T> high, V<T> low) {
   o.start = V<T>{};
 }
 
-// The centre of the head's Gaussians. Good enough where elements are near it.
+// The centre of Gaussians. Good enough where elements are near it.
 template <class T>
-DAAM_INLINE void origin_at_center(Origin<T>& o, const Statistics<T>& s, const Heads<T>& heads) {
-  o.scale = heads.root * s.rstd;
+DAAM_INLINE void origin_at_center(Origin<T>& o, const Statistics<T>& s, V<T> center, V<T> root) {
+  o.scale = root * s.rstd;
   o.grad = V<T>{};
-  set_origin<T>(o, s.high, s.low + heads.center);
+  set_origin<T>(o, s.high, s.low + center);
   set_peak<T>(o, V<T>{});
 }
 
@@ -104,8 +104,8 @@ DAAM_INLINE V<T> find_near(const Group<T>& g, const Statistics<T>& s) {
 
 template <class T>
 DAAM_INLINE void move_origin(
-    Origin<T>& o, Mask<T> moved, const Nearest<T>& to, const Statistics<T>& s, const Heads<T>& heads) {
-  const V<T> peak = ((to.x - s.high) - (s.low + heads.center)) * o.scale;
+    Origin<T>& o, Mask<T> moved, const Nearest<T>& to, const Statistics<T>& s, V<T> center) {
+  const V<T> peak = ((to.x - s.high) - (s.low + center)) * o.scale;
   o.grad = moved ? to.grad : o.grad;
   const V<T> start = o.start, before = o.peak;
   set_origin<T>(o, moved ? to.x : o.high, moved ? V<T>{} : o.low);
@@ -126,6 +126,16 @@ template <class T>
 struct Totals {
   V<T> density, q;
 };
+
+template <class T, Padding P>
+DAAM_INLINE V<T> relative_q(
+    const Row<T>& row, int64_t i, V<T> grad, V<T> from_high, V<T> high, V<T> origin_grad) {
+  if constexpr (P == Padding::kNone) return (grad - origin_grad) * high + grad * from_high;
+  const Mask<T> valid = load_mask<T>(row.valid + i * Vector<T>::N);
+  grad = keep<T>(valid, grad);
+  const V<T> q = (grad - origin_grad) * high + keep<T>(valid, grad * from_high);  // what is padding may be infinite
+  return P == Padding::kExcluded ? keep<T>(valid, q) : q;
+}
 
 // Keeps the densities, under PRODUCT times x in the place of x, and in the backward z and q.
 template <class T, class L, Padding P, bool BACKWARD, bool EXACT, bool PRODUCT = false>
@@ -148,16 +158,8 @@ void find_densities(const Group<T>& g, const Mask<T>& asked, const Origin<T>& o,
       store<T>(to + i * N, PRODUCT ? m * x : m);
       sum += m;
       if constexpr (BACKWARD) {
-        V<T> grad = within.load(row.grad + i * N), q;
-        if constexpr (P == Padding::kNone) {
-          q = (grad - origin_grad) * high + grad * from_high;
-        } else {  // what is padding may be infinite
-          const Mask<T> valid = load_mask<T>(row.valid + i * N);
-          grad = keep<T>(valid, grad);
-          q = (grad - origin_grad) * high + keep<T>(valid, grad * from_high);
-          if constexpr (P == Padding::kExcluded) q = keep<T>(valid, q);
-          d = keep<T>(valid | (Mask<T>)(m > 0), d);
-        }
+        const V<T> q = relative_q<T, P>(row, i, within.load(row.grad + i * N), from_high, high, origin_grad);
+        if constexpr (P != Padding::kNone) d = keep<T>(load_mask<T>(row.valid + i * N) | (Mask<T>)(m > 0), d);
         store<T>(row.z + i * N, d - start);
         store<T>(row.q + i * N, q);
         sum_q.block += m * q;
@@ -176,9 +178,10 @@ DAAM_INLINE Mask<T> too_far(V<T> total, V<T> count) {
   return total < (least > (T)0.25 ? least : splat<T>((T)0.25));
 }
 
-// y's gradient at the first element of each slice that is not padding; 0 where all of it is.
-template <class T, class L, Padding P>
-DAAM_INLINE V<T> first_gradients(const Group<T>& g) {
+// What an array of a group's elements has for the first one of each slice that is not padding; 0 where all of it is.
+// array_of(row) is where a row has it.
+template <class T, class L, Padding P, class Get>
+DAAM_INLINE V<T> first_of(const Group<T>& g, Get array_of) {
   constexpr int N = Vector<T>::N;
   V<T> first{};
   if constexpr (L::kRows) {
@@ -187,22 +190,28 @@ DAAM_INLINE V<T> first_gradients(const Group<T>& g) {
       int64_t i = 0;
       if constexpr (P != Padding::kNone)
         while (i < row.n && !row.valid[i]) i++;
-      first[r] = i < row.n ? row.grad[i] : 0;
+      first[r] = i < row.n ? array_of(row)[i] : 0;
     }
     return first;
   }
   const Row<T>& row = g.row[0];
-  first = load(row.grad);
+  const T* const from = array_of(row);
+  first = load(from);
   if constexpr (P != Padding::kNone) {
     Mask<T> found = load_mask<T>(row.valid);
     first = keep<T>(found, first);
     for (int64_t i = 1; i < row.n && any(~found); i++) {
       const Mask<T> valid = load_mask<T>(row.valid + i * N);
-      first = valid & ~found ? load(row.grad + i * N) : first;
+      first = valid & ~found ? load(from + i * N) : first;
       found |= valid;
     }
   }
   return first;
+}
+
+template <class T, class L, Padding P>
+DAAM_INLINE V<T> first_gradients(const Group<T>& g) {
+  return first_of<T, L, P>(g, [](const Row<T>& row) { return row.grad; });
 }
 
 template <class T>

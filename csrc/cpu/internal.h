@@ -14,6 +14,8 @@ struct Tensors {
   const uint8_t* mask;
   void *out, *weights;  // out: y or dx
   void *d_mean_offsets, *d_c;
+  const double* log_shares;  // of a mixture; NULL: the product
+  double* d_log_shares;
 };
 
 // One direction with one instruction set: daam_status. backward is whether tensors.grad is there. Each hands float64 on.
@@ -50,10 +52,16 @@ void advise_huge_pages(void* start, size_t bytes);
 double read_number(const void* base, int64_t index, int type);
 void write_number(void* base, int64_t index, int type, double value);
 
+double read_offset(const daam_density&, const Tensors&, int64_t head, int64_t k);
+double read_width(const daam_density&, const Tensors&, int64_t head, int64_t k);
+
 // The Gaussians of a head as one quadratic.
 Quadratic head_quadratic(const daam_density&, const Tensors&, int64_t head);
 
 // The gradients of the parameters, from sums [tasks][heads][4] (HeadSums) that are added in the order of the tasks.
 void write_parameter_gradients(const daam_density&, const Tensors&, const double* sums, int64_t tasks);
+
+// The same of a mixture, from sums [tasks][heads][gaussians][3] of p times 1, e / sqrt(var) and e^2 / var.
+void write_mixture_gradients(const daam_density&, const Tensors&, const double* sums, int64_t tasks);
 
 }  // namespace daam

@@ -128,13 +128,31 @@ const char* daam_instruction_sets(void) { return daam::choice().names; }
 int daam_density_forward(
     const daam_density* problem, const void* x, const void* mean_offsets, const void* c, const uint8_t* mask, void* y,
     void* weights, daam_parallel_for parallel_for) {
-  return daam::run(problem, {x, nullptr, mean_offsets, c, mask, y, weights, nullptr, nullptr}, parallel_for);
+  return daam::run(problem, {x, nullptr, mean_offsets, c, mask, y, weights}, parallel_for);
 }
 
 int daam_density_backward(
     const daam_density* problem, const void* grad, const void* x, const void* mean_offsets, const void* c,
     const uint8_t* mask, void* dx, void* d_mean_offsets, void* d_c, daam_parallel_for parallel_for) {
   return daam::run(problem, {x, grad, mean_offsets, c, mask, dx, nullptr, d_mean_offsets, d_c}, parallel_for);
+}
+
+int daam_mixture_forward(
+    const daam_density* problem, const void* x, const void* mean_offsets, const void* c, const double* log_shares,
+    const uint8_t* mask, void* y, void* weights, daam_parallel_for parallel_for) {
+  if (!log_shares) return DAAM_BAD_ARGUMENT;
+  const daam::Tensors tensors = {x, nullptr, mean_offsets, c, mask, y, weights, nullptr, nullptr, log_shares};
+  return daam::run(problem, tensors, parallel_for);
+}
+
+int daam_mixture_backward(
+    const daam_density* problem, const void* grad, const void* x, const void* mean_offsets, const void* c,
+    const double* log_shares, const uint8_t* mask, void* dx, void* d_mean_offsets, void* d_c, double* d_log_shares,
+    daam_parallel_for parallel_for) {
+  if (!log_shares) return DAAM_BAD_ARGUMENT;
+  const daam::Tensors tensors = {x, grad, mean_offsets, c, mask, dx, nullptr, d_mean_offsets, d_c, log_shares,
+                                 d_log_shares};
+  return daam::run(problem, tensors, parallel_for);
 }
 
 int daam_additive_scores(

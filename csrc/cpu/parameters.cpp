@@ -7,14 +7,6 @@ namespace daam {
 
 namespace {
 
-double read_offset(const daam_density& p, const Tensors& t, int64_t head, int64_t k) {
-  return read_number(t.mean_offsets, head * p.offsets_strides[0] + k * p.offsets_strides[1], p.offsets_type);
-}
-
-double read_width(const daam_density& p, const Tensors& t, int64_t head, int64_t k) {
-  return read_number(t.c, head * p.widths_strides[0] + k * p.widths_strides[1], p.widths_type);
-}
-
 float half_to_float(uint16_t h) {
   const int exponent = h >> 10 & 31, mantissa = h & 1023;
   const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
@@ -79,6 +71,14 @@ void write_number(void* base, int64_t index, int type, double value) {
   memcpy(at, &half, 2);
 }
 
+double read_offset(const daam_density& p, const Tensors& t, int64_t head, int64_t k) {
+  return read_number(t.mean_offsets, head * p.offsets_strides[0] + k * p.offsets_strides[1], p.offsets_type);
+}
+
+double read_width(const daam_density& p, const Tensors& t, int64_t head, int64_t k) {
+  return read_number(t.c, head * p.widths_strides[0] + k * p.widths_strides[1], p.widths_type);
+}
+
 Quadratic head_quadratic(const daam_density& p, const Tensors& t, int64_t head) {
   return quadratic(
       p.num_gaussians, p.eps, [&](int64_t k) { return read_offset(p, t, head, k); },
@@ -99,6 +99,19 @@ void write_parameter_gradients(const daam_density& p, const Tensors& t, const do
       write_number(t.d_mean_offsets, head * p.num_gaussians + k, p.offsets_type, d_offset);
       write_number(t.d_c, head * p.num_gaussians + k, p.widths_type, d_width);
     }
+  }
+}
+
+void write_mixture_gradients(const daam_density& p, const Tensors& t, const double* sums, int64_t tasks) {
+  const int64_t count = p.num_heads * p.num_gaussians;
+  for (int64_t i = 0; i < count; i++) {
+    double total[3] = {};
+    for (int64_t task = 0; task < tasks; task++)
+      for (int j = 0; j < 3; j++) total[j] += sums[(task * count + i) * 3 + j];
+    const double width = read_width(p, t, i / p.num_gaussians, i % p.num_gaussians), square = width * width;
+    t.d_log_shares[i] = total[0];
+    write_number(t.d_mean_offsets, i, p.offsets_type, total[1] / square);
+    write_number(t.d_c, i, p.widths_type, total[2] / (square * width));
   }
 }
 

@@ -21,11 +21,26 @@ struct Memory {
   Memory& operator=(const Memory&) = delete;
 };
 
+// A function of these arguments, called where it is: what takes it is compiled once for all of them.
+template <class... Arguments>
+class Callback {
+ public:
+  template <class Body>
+  Callback(const Body& body)
+      : body(&body), call([](const void* at, Arguments... arguments) {
+          (*static_cast<const Body*>(at))(arguments...);
+        }) {}
+  void operator()(Arguments... arguments) const { call(body, arguments...); }
+
+ private:
+  const void* body;
+  void (*call)(const void*, Arguments...);
+};
+
 // Splits [0, count) over the threads; body(i) for each.
-template <class Body>
-void run_parallel(daam_parallel_for parallel_for, int64_t count, Body& body) {
+inline void run_parallel(daam_parallel_for parallel_for, int64_t count, Callback<int64_t> body) {
   const auto work = [](int64_t begin, int64_t end, void* context) {
-    for (int64_t i = begin; i < end; i++) (*static_cast<Body*>(context))(i);
+    for (int64_t i = begin; i < end; i++) (*static_cast<const Callback<int64_t>*>(context))(i);
   };
   if (parallel_for && count > 1)
     parallel_for(0, count, 1, work, &body);

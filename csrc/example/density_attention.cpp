@@ -147,6 +147,20 @@ int main() {
   right &= close("d_mean_offsets", threaded.d_offsets, 1, differences(offsets_d, 1, f), 1e-4);
   right &= close("d_c", threaded.d_c, 1, differences(c_d, 1, f), 1e-4);
 
+  // A single Gaussian is a mixture too, of itself; without the clamp its height does not matter.
+  problem.num_gaussians = 1;
+  problem.flags = DAAM_SOFTMAX;
+  const std::vector<double> log_shares(kHeads, std::log(0.3));
+  std::vector<float> product(kSize), mixture(kSize);
+  int status = daam_density_forward(
+      &problem, x.data(), offsets.data(), c.data(), nullptr, product.data(), nullptr, parallel_for);
+  if (status == DAAM_OK)
+    status = daam_mixture_forward(
+        &problem, x.data(), offsets.data(), c.data(), log_shares.data(), nullptr, mixture.data(), nullptr,
+        parallel_for);
+  if (status != DAAM_OK) return std::printf("the library returned status %d\n", status), 1;
+  right &= close("mixture of one", mixture, 1, {product.begin(), product.end()}, 1e-6);
+
   const bool same = threaded.y == serial.y && threaded.dx == serial.dx && threaded.d_offsets == serial.d_offsets &&
                     threaded.d_c == serial.d_c;
   std::printf("threads and no threads: %s\n", same ? "the same numbers" : "DIFFERENT NUMBERS");

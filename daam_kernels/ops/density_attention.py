@@ -149,9 +149,9 @@ def _forward(
 
         density_forward(x, mean_offsets, c, mask, options, y, weights, stats, log_shares, cu_seqlens)
     elif cu_seqlens is not None:
-        native.ragged_forward(x, mean_offsets, c, cu_seqlens, mask, options, y, weights)
+        native.ragged_forward(x, mean_offsets, c, cu_seqlens, mask, options, y, weights, log_shares)
     else:
-        native.density_forward(x, mean_offsets, c, mask, options, y, weights)
+        native.density_forward(x, mean_offsets, c, mask, options, y, weights, log_shares)
     return y, weights
 
 
@@ -172,9 +172,11 @@ def _backward(
     stats are what its forward saved, or None.
     """
     if backend in ("native", "cuda"):
-        if cu_seqlens is not None:
-            return native.ragged_backward(grad, x, mean_offsets, c, cu_seqlens, mask, options)
-        return native.density_backward(grad, x, mean_offsets, c, mask, options)
+        if cu_seqlens is None:
+            gradients = native.density_backward(grad, x, mean_offsets, c, mask, options, None, log_shares)
+        else:
+            gradients = native.ragged_backward(grad, x, mean_offsets, c, cu_seqlens, mask, options, log_shares)
+        return gradients if log_shares is None else (*gradients[:3], gradients[3].to(log_shares.dtype))
     if backend == "triton":
         from ..kernels.density_backward import density_backward
 

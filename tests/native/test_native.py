@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import daam_kernels
-import hypothesis.strategies as st
 import pytest
 import torch
 from children import python
 from daam_kernels import density_attention, native
 from daam_kernels.options import DensityOptions
 from hypothesis import given, settings
+from native.problems import AVAILABLE, INSTRUCTION_SETS, SPLITS, draw_tensors, needs_library, problems
 from support import (
     DTYPES,
     HALF_TYPES,
@@ -35,87 +35,14 @@ from support import (
     truth,
 )
 
-AVAILABLE, REASON = native.status()
-
-
-needs_library = pytest.mark.skipif(not AVAILABLE, reason=REASON)
-
-
-@pytest.fixture
-def threads():
-    """Sets how many threads torch uses."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 # Against float64
-
-
-def strided(t, order, step, expanded):
-    """The values of t with its axes ordered so in memory, ``step`` apart; axes in ``expanded`` from their first."""
-    for d in expanded:
-        t = t.narrow(d, 0, 1).expand(t.shape)
-    sources = [0 if d in expanded else slice(None) for d in range(t.dim())]
-    inverse = [order.index(d) for d in range(len(order))]
-    memory = t.new_empty([1 if d in expanded else t.shape[d] for d in order] + [step])
-    view = memory.select(-1, step - 1).permute(inverse)
-    view.copy_(t[tuple(slice(0, 1) if s == 0 else s for s in sources)])
-    return view.expand(t.shape)
-
-
-@st.composite
-def layouts(draw, dims):
-    return (
-        draw(st.permutations(range(dims))),
-        draw(st.sampled_from([1, 1, 2, 3])),
-        draw(st.sets(st.integers(0, dims - 1), max_size=1)),
-    )
-
-
-@st.composite
-def problems(draw):
-    dims = draw(st.integers(1, 4))
-    axis = draw(st.integers(0, dims - 1))
-    num_heads = draw(st.integers(1, 5))
-    length = 2 * num_heads + draw(st.integers(0, draw(st.sampled_from([3, 40, 600]))))
-    sizes = st.integers(1, draw(st.sampled_from([3, 9, 40])))
-    shape = [length if d == axis else draw(sizes) for d in range(dims)]
-    while (numel := torch.Size(shape).numel()) > 20000:
-        widest = max((d for d in range(dims) if d != axis), key=lambda d: shape[d])
-        shape[widest] = max(1, shape[widest] * 20000 // numel)
-    x_order, x_step, _ = draw(layouts(dims))
-    expanded = draw(st.sets(st.sampled_from([d for d in range(dims) if d != axis] or [axis]), max_size=1)) - {axis}
-    return dict(
-        shape=shape,
-        norm_axis=axis,
-        num_heads=num_heads,
-        num_gaussians=draw(st.integers(1, 40)),
-        x_layout=(x_order, x_step, expanded),
-        grad_layout=draw(layouts(dims)),
-        mask_layout=draw(st.none() | layouts(dims)),
-        padding_value=draw(st.sampled_from([None, 0, 7.0])),
-        padding_stats=draw(st.sampled_from(["zero", "exclude"])),
-        normalize=draw(st.sampled_from(["clamp", "softmax"])),
-        residual=draw(st.booleans()),
-        dtype=draw(st.sampled_from(DTYPES)),
-        seed=draw(st.integers(0, 2**16)),
-    )
 
 
 @needs_library
 @given(problems())
 @settings(max_examples=200)
 def test_any_problem(problem):
-    rng, dtype, shape = generator(problem["seed"]), problem["dtype"], problem["shape"]
-    x = (1 + torch.randn(shape, generator=rng, dtype=torch.float64)).to(dtype)
-    if problem["padding_value"] is not None:
-        x[torch.rand(shape, generator=rng) < 0.3] = problem["padding_value"]
-    x = strided(x, *problem["x_layout"])
-    grad = strided(torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype), *problem["grad_layout"])
-    options = {name: problem[name] for name in ("norm_axis", "padding_value", "padding_stats", "normalize", "residual")}
-    if problem["mask_layout"] is not None:
-        options["mask"] = strided(torch.rand(shape, generator=rng) < 0.7, *problem["mask_layout"])
+    x, grad, options, rng = draw_tensors(problem)
     heads = problem["num_heads"], problem["num_gaussians"]
     # Wide ones: for narrow ones the truth of a handful of slices is ill-conditioned in float32.
     parameters = gaussians(*heads, rng, offsets=0.05, width=2.0, dtype=torch.float64)
@@ -125,7 +52,7 @@ def test_any_problem(problem):
 
 
 @needs_library
-@pytest.mark.parametrize("name", native.instruction_sets() if AVAILABLE else [])
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_every_instruction_set_keeps_the_contract(name):
     code = """
     import itertools, torch
@@ -232,6 +159,18 @@ def test_padding_far_from_the_rest_costs_no_digits(shape, axis, value, dtype):
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape, axis", [((2, 9000), 1), ((2, 40_000), 1), ((4000, 20), 0), ((9000, 20), 0)])
+def test_numbers_whose_squares_add_up_to_infinity_stay_finite(shape, axis, dtype):
+    """A number near the mean is looked for among the first elements, which are far from it."""
+    x, grad = (torch.randn(shape, generator=generator(seed)) for seed in (0, 1))
+    x.narrow(axis, 0, shape[axis] // 4).fill_(-1)
+    x = (1e18 * x.clamp(-1, 1)).to(dtype)
+    for result in evaluate("native", x, torch.zeros(1, 2), torch.ones(1, 2), grad.to(dtype), norm_axis=axis):
+        assert result.isfinite().all()
+
+
+@needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize(
@@ -316,22 +255,6 @@ def test_parameters_in_few_bits(parameters_type):
 
 
 # Threads
-
-SPLITS = {
-    "rows": ((37, 301), -1, 3),
-    "short rows": ((3000, 8), -1, 2),
-    "columns": ((3, 70, 133), 1, 2),
-    "short columns": ((30, 11, 133), 1, 2),
-    "long columns": ((2, 700, 65), 1, 1),
-    "a long row": ((1, 250_001), -1, 1),
-    "long rows": ((2, 210_007), -1, 2),
-    "long rows in batches": ((29, 150_001), -1, 1),
-    "many long rows": ((33, 20_003), -1, 1),
-    "a long column": ((210_003, 1, 1), 0, 1),
-    "few long columns": ((210_003, 3), 0, 1),
-    "long columns in batches": ((5003, 1000), 0, 1),
-    "long columns in two heads": ((410_003, 2), 0, 2),
-}
 
 
 @needs_library
@@ -586,7 +509,7 @@ def test_a_library_of_another_version_is_refused(tmp_path):
     source, library = tmp_path / "other.c", tmp_path / "other.so"
     source.write_text("int daam_abi_version(void) { return 99; }")
     subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", library], check=True)
-    reason = f"{library} has version 99 of the C interface, this daam_kernels needs 2: reinstall"
+    reason = f"{library} has version 99 of the C interface, this daam_kernels needs 3: reinstall"
     assert python(SHOW, DAAM_KERNELS_LIBRARY=str(library)).splitlines()[0] == reason
 
 
