@@ -136,6 +136,53 @@ def interpreter_patches_once():
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, launch
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_remembers_types():
+    """Triton's interpreter works out the type and the shape of every value anew; most of them it had before.
+
+    That is close to half of the time that is left. Types are what their names say, and nothing changes them.
+    """
+    if HAVE_GPU or find_spec("triton") is None:
+        yield
+        return
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+    from triton.runtime import interpreter
+
+    make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
+    find_numpy_type, broadcast = interpreter._get_np_dtype, TritonSemantic.broadcast_impl_value
+    types, tensors, numpy_types = {}, {}, {}
+
+    def remembered_type(self, element_type, shape):
+        key = element_type.name, *(n.value if isinstance(n, tl.constexpr) else n for n in shape)
+        if key not in types:
+            make_type(self, element_type, shape)
+            types[key] = vars(self).copy()
+        vars(self).update(types[key])
+
+    def remembered_tensor(self, handle, type):
+        if type.name not in tensors:
+            make_tensor(self, None, type)
+            tensors[type.name] = vars(self).copy()
+        vars(self).update(tensors[type.name], handle=handle)
+
+    def remembered_numpy_type(type):
+        if type.name not in numpy_types:
+            numpy_types[type.name] = find_numpy_type(type)
+        return numpy_types[type.name]
+
+    def broadcast_others(self, lhs, rhs):
+        alike = lhs.type.is_block() == rhs.type.is_block() and lhs.handle.data.shape == rhs.handle.data.shape
+        return (lhs, rhs) if alike else broadcast(self, lhs, rhs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tl.block_type, "__init__", remembered_type)
+        patch.setattr(tl.tensor, "__init__", remembered_tensor)
+        patch.setattr(interpreter, "_get_np_dtype", remembered_numpy_type)
+        patch.setattr(TritonSemantic, "broadcast_impl_value", broadcast_others)
+        yield
+
+
 @pytest.fixture
 def device():
     return "cuda" if HAVE_GPU else "cpu"
