@@ -276,11 +276,13 @@ def assert_contract_of_any(got, x: Tensor, mean_offsets: Tensor, c: Tensor, grad
         past = e.abs() >= OVERFLOWS.get(x.dtype, math.inf)
         assert torch.equal(g[past], e[past].sign() * math.inf)
         near.append(torch.where(past | ((g - e).abs() <= finest), e, g))
-    sizes = extended_truth(x, mean_offsets, c, grad, **options)[4:]
-    rounding = 1e-15 if x.dtype == torch.float64 else 2e-7
-    for g, e, size in zip(got[2:], expected[2:], sizes, strict=True):
-        g = g.detach().cpu().double()
-        near.append(e if (g - e).norm() <= rounding * size.norm() else g)
+    near += (t.detach().cpu().double() for t in got[2:])
+    if not all(relative_error(g, e) <= TOLERANCES[x.dtype][2] for g, e in zip(near[2:], expected[2:], strict=True)):
+        sizes = extended_truth(x, mean_offsets, c, grad, **options)[4:]  # takes longer than all else here
+        rounding = 1e-15 if x.dtype == torch.float64 else 2e-7
+        near[2:] = (
+            e if (g - e).norm() <= rounding * size.norm() else g for g, e, size in zip(near[2:], expected[2:], sizes)
+        )
     assert_contract(near, expected, x.dtype)
 
 
