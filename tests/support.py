@@ -243,10 +243,11 @@ def extended_truth(
         for k, (offset, width) in enumerate(zip(offsets[head], widths[head])):
             d = from_mean - offset
             slope = d * (1 / (var * width**2))
+            square = slope * d
             gradients[0][head, k] = (p * slope).sum()
-            gradients[1][head, k] = (p * (slope * d - 1) / width).sum()
+            gradients[1][head, k] = (p * (square - 1)).sum() / width
             gradients[2][head, k] = (size * abs(slope)).sum()
-            gradients[3][head, k] = (size * (slope * d + 1) / abs(width)).sum()
+            gradients[3][head, k] = (size * (square + 1)).sum() / abs(width)
     y, dx = (torch.from_numpy(t.astype(np.float64)).movedim(-1, norm_axis) for t in (y, dx))
     return (y, dx, *(torch.from_numpy(t.astype(np.float64)) for t in gradients))
 
