@@ -19,32 +19,45 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
 def check_count(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+    if value >= 2**63:  # more than torch takes for a size
+        raise ValueError(f"{name} must be an int below 2**63, got one of {value.bit_length()} bits")
 
 
-def check_finite(name: str, value: float) -> float:
+def check_number(name: str, value: float, takes: str = "a number") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return value
+        raise TypeError(f"{name} must be {takes}, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        got = f"an int of {value.bit_length()} bits"
+        raise ValueError(f"{name} must be within float64's range, got {got}") from None
+
+
+def check_finite(name: str, value: float, takes: str = "a number") -> float:
+    number = check_number(name, value, takes)
+    if not -math.inf < number < math.inf:  # comparisons alone: torch.compile may hand over a symbol for a number
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
+def check_first(name: str, value: float, dtype: torch.dtype | None) -> float:
+    """What a parameter of this type, None being torch's default, is to start from."""
+    number = check_finite(name, value)
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if abs(number) > torch.finfo(dtype).max:
+        raise ValueError(f"{name} must be within the range of the parameters' type, {dtype}, got {number}")
+    return number
 
 
 def check_scale(scale: float | None, default: float) -> float:
-    if scale is None:
-        return default
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if not -math.inf < scale < math.inf:  # comparisons alone: torch.compile may hand over a symbol for a number
-        raise ValueError(f"scale must be finite, got {scale}")
-    return float(scale)
+    return default if scale is None else check_finite("scale", scale, "a number or None")
 
 
 def check_dropout(name: str, p: float) -> float:
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(p).__name__}")
-    if not 0 <= p < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {p}")
-    return float(p)
+    number = check_number(name, p)
+    if not 0 <= number < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {number}")
+    return number
 
 
 def check_dense(name: str, t: Tensor) -> None:
@@ -76,6 +89,8 @@ def check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None) -> int |
         raise TypeError(f"max_seqlen must be an int or None, got {type(max_seqlen).__name__}")
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
+    if max_seqlen >= 2**63:  # more than an operator takes
+        raise ValueError(f"max_seqlen must be below 2**63, got {max_seqlen}")
     return max_seqlen
 
 

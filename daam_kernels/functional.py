@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .checks import FLOATING_TYPES, check_choice, check_dense, check_mask, check_max_seqlen, shape_of
+from .checks import FLOATING_TYPES, check_choice, check_dense, check_mask, check_max_seqlen, check_number, shape_of
 from .ops import density_block as block
 from .ops import eager
 from .ops.density_attention import apply
@@ -394,16 +394,13 @@ def _check_mask(mask: Tensor, x: Tensor) -> None:
 def _check_padding_value(padding_value: float | None) -> float | None:
     if padding_value is None:
         return None
-    if isinstance(padding_value, bool) or not isinstance(padding_value, (int, float)):
-        raise TypeError(f"padding_value must be a number or None, got {type(padding_value).__name__}")
-    return float(padding_value)
+    return check_number("padding_value", padding_value, "a number or None")
 
 
 def _check_eps(eps: float, x: Tensor) -> float:
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    eps = check_number("eps", eps)
     if not 0 < eps < math.inf:  # comparisons alone: torch.compile may hand over a symbol for a number
         raise ValueError(f"eps must be positive and finite, got {eps}")
     if x.dtype != torch.float64 and eps <= 2.0**-150:  # float32's smallest number is 2^-149, ties round to even
         raise ValueError(f"eps must not round to 0 in the arithmetic of x's type, {x.dtype}, got {eps}")
-    return float(eps)
+    return eps

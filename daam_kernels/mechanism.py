@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 import torch
 from torch import Tensor, nn
 
-from .checks import check_choice, check_count
+from .checks import check_choice, check_count, check_finite
 from .explain.files import complete
 from .modules.pooling import AttentionPool
 
@@ -149,9 +149,9 @@ class AttentionMechanism(nn.Module):
         check_choice("task", task, _TASKS)
         check_count("epochs", epochs, 1)
         check_count("batch_size", batch_size, 1)
-        for name, value, least in (("learning_rate", learning_rate, 0), ("penalty", penalty, 0)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
-                raise ValueError(f"{name} must be a finite number of at least {least}, got {value!r}")
+        for name, value in (("learning_rate", learning_rate), ("penalty", penalty)):
+            if check_finite(name, value) < 0:
+                raise ValueError(f"{name} must not be negative, got {value!r}")
         _check_seed(seed)
         bags = self._bags("inputs", inputs)
         if bags.kind == "bag":

@@ -148,7 +148,7 @@ def test_bad_inputs_are_named(inputs, error, message):
         (dict(inputs=EXAMPLE), "inputs must be a batch or a list of inputs, got one of shape"),
         (dict(task="ranking"), "task must be one of classification, regression, got 'ranking'"),
         (dict(epochs=0), "epochs must be an int of at least 1, got 0"),
-        (dict(learning_rate=-1), "learning_rate must be a finite number of at least 0, got -1"),
+        (dict(learning_rate=-1), "learning_rate must not be negative, got -1"),
         (dict(seed=-1), "seed must be an int of at least 0, got -1"),
     ],
 )

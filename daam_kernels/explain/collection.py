@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_count
+
 _DETAILS = "return_attention_details"
 
 
@@ -57,8 +59,8 @@ def collect(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"limit must be None or an int of at least 1, got {limit!r}")
+    if limit is not None:
+        check_count("limit", limit, 1)
     axes = _check_axes(average_over)
     listeners = [_Listener(name, module, axes) for name, module in _density_modules(model, modules)]
     if device is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from ..checks import check_finite
 from .densities import heads_of, parts_with_gaussians
 from .files import complete
 from .importance import importance_factor, layer_contribution, layer_names_of
@@ -134,8 +134,8 @@ def plot_density(
         TypeError, ValueError: an argument does not fit; the message names it, what it got and what it takes.
     """
     new_figure, path = _new_figure("plot_density"), _check_path(path)
-    if isinstance(rstd, bool) or not isinstance(rstd, (int, float)) or not 0 < rstd < math.inf:
-        raise ValueError(f"rstd must be a positive, finite number, got {rstd!r}")
+    if check_finite("rstd", rstd) <= 0:
+        raise ValueError(f"rstd must be positive, got {rstd!r}")
     parts = parts_with_gaussians(module)
     heads = [head for name, part in parts for head in heads_of(name if len(parts) > 1 else "", part, rstd)]
     spans = [head.span() for head in heads]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_count, check_finite
+from ..checks import check_choice, check_count, check_finite, check_first
 from ..functional import (
     BACKENDS,
     _check_axis,
@@ -55,7 +55,7 @@ class _DensityAttention(nn.Module):
         self.num_heads = num_heads
         self.num_gaussians = num_gaussians
         self.padding_value = padding_value
-        self.mean_offset_init = check_finite("mean_offset_init", mean_offset_init)
+        self.mean_offset_init = check_first("mean_offset_init", mean_offset_init, dtype)
         self.eps = _check_eps(eps, heads)
         self.padding_stats = check_choice("padding_stats", padding_stats, ("zero", "exclude"))
         self.normalize = check_choice("normalize", normalize, ("clamp", "softmax"))
@@ -440,6 +440,7 @@ def _check_eps(eps: float | Sequence[float], heads: int) -> float | tuple[float,
             raise ValueError(f"eps must be a number, or one for each of num_heads={heads} heads, got {eps!r}")
         each = tuple(_check_eps(e, 0) for e in eps)
         return each if len(set(each)) > 1 else each[0]
-    if check_finite("eps", eps) <= 0:
+    number = check_finite("eps", eps)
+    if number <= 0:
         raise ValueError(f"eps must be positive, got {eps!r}")
-    return float(eps)
+    return number

@@ -12,7 +12,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_count, check_finite
+from ..checks import check_choice, check_count, check_finite, check_first
 from ..functional import BACKENDS, _check_axis, _check_mask, _check_padding_value, density_attention, density_weights
 from ..reference.feature import mean_over_time, weigh_time_steps
 from ..reference.statistics import valid_elements
@@ -68,7 +68,8 @@ class FusedMultiHeadFeatureDAAM(nn.Module):
             check_count(name, value, 1)
         if num_heads > num_layers:
             raise ValueError(f"num_heads must be at most num_layers={num_layers}, got {num_heads}")
-        if check_finite("c", c) == 0:
+        self.initial_c = check_first("c", c, dtype)
+        if c == 0:
             raise ValueError(f"c must not be 0, got {c}")
         if check_finite("eps", eps) <= 0:
             raise ValueError(f"eps must be positive, got {eps}")
@@ -76,7 +77,6 @@ class FusedMultiHeadFeatureDAAM(nn.Module):
         self.num_layers = num_layers
         self.feature_size = feature_size
         self.num_heads = num_heads
-        self.initial_c = c
         self.eps = eps
         self.padding_value = padding_value
         self.padding_stats = check_choice("padding_stats", padding_stats, ("zero", "exclude"))

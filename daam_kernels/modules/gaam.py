@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_finite
+from ..checks import check_first
 from .daam import _HEADS, _PARAMETERS, _add_axis_of_heads, _check_shape, _MultiHead
 
 
@@ -67,7 +67,7 @@ class FusedMultiHeadGAAM(_MultiHead):
             num_heads, norm_axis, num_heads, num_gaussians, padding_value, 0, eps,
             padding_stats, normalize, backend, device, dtype,
         )  # fmt: skip
-        self.initial_c = _check_initial_c(initial_c, num_gaussians)
+        self.initial_c = _check_initial_c(initial_c, num_gaussians, dtype)
         self.learnable_weights = _check_learnable_weights(learnable_weights, num_gaussians)
         weights = torch.empty(num_heads, num_gaussians, device=device, dtype=dtype)
         if self.learnable_weights is True:
@@ -113,12 +113,14 @@ class FusedMultiHeadGAAM(_MultiHead):
         return super()._own_state_dict(state_dict, prefix, errors)
 
 
-def _check_initial_c(initial_c: float | Tensor, num_gaussians: int) -> float | tuple[float, ...]:
+def _check_initial_c(
+    initial_c: float | Tensor, num_gaussians: int, dtype: torch.dtype | None
+) -> float | tuple[float, ...]:
     """A number, or a tuple of one for each Gaussian."""
     if isinstance(initial_c, Tensor):
         initial_c = _numbers("initial_c", initial_c, num_gaussians)
     else:
-        check_finite("initial_c", initial_c)
+        check_first("initial_c", initial_c, dtype)
     if initial_c == 0 or (isinstance(initial_c, tuple) and 0 in initial_c):
         raise ValueError(f"initial_c must not be 0, got {initial_c}")
     return initial_c

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_count, check_finite
+from ..checks import check_choice, check_count, check_first
 from ..functional import BACKENDS, _check_axis, _check_mask, density_weights
 from ..reference.gate import project, scale_frames
 
@@ -56,7 +56,7 @@ class FusedDensityGate(nn.Module):
         check_count("num_gaussians", num_gaussians, 1)
         self.channels = channels
         self.num_gaussians = num_gaussians
-        self.initial_alpha = check_finite("alpha", alpha)
+        self.initial_alpha = check_first("alpha", alpha, dtype)
         self.padding_stats = check_choice("padding_stats", padding_stats, ("zero", "exclude"))
         self.backend = check_choice("backend", backend, ("auto", *BACKENDS))
         options = dict(device=device, dtype=dtype)

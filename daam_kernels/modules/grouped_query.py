@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import check_choice, check_count, check_finite
+from ..checks import check_choice, check_count, check_dropout, check_finite
 
 
 class GroupedQueryAttention(nn.Module):
@@ -65,8 +65,6 @@ class GroupedQueryAttention(nn.Module):
             raise ValueError(f"query_heads must be a multiple of kv_heads={kv_heads}, got {query_heads}")
         if embed_dim % query_heads:
             raise ValueError(f"embed_dim must be a multiple of query_heads={query_heads}, got {embed_dim}")
-        if not 0 <= check_finite("dropout", dropout) < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         if check_finite("layer_norm_eps", layer_norm_eps) < 0:
             raise ValueError(f"layer_norm_eps must not be negative, got {layer_norm_eps}")
         self.embed_dim = embed_dim
@@ -74,8 +72,10 @@ class GroupedQueryAttention(nn.Module):
         self.kv_heads = kv_heads
         self.head_dim = embed_dim // query_heads
         self.variant = check_choice("variant", variant, ("paper", "gqa"))
-        self.dropout = dropout
-        self.gamma_init = check_finite("gamma_init", gamma_init)
+        self.dropout = check_dropout("dropout", dropout)
+        if check_finite("gamma_init", gamma_init) < 0:
+            raise ValueError(f"gamma_init must not be negative, got {gamma_init}")
+        self.gamma_init = gamma_init
 
         options = dict(device=device, dtype=dtype)
         kv_dim = kv_heads * self.head_dim

@@ -203,7 +203,7 @@ def test_initialisation():
         (lambda: FusedMultiHeadDAAM(1, 2, -1), ValueError, "num_gaussians must be an int of at least 1, got -1"),
         (lambda: FusedMultiHeadDAAM(1, 2, True), ValueError, "num_gaussians must be an int of at least 1, got True"),
         (lambda: FusedMultiHeadDAAM(1, 2, 3, "0"), TypeError, "padding_value must be a number or None, got str"),
-        (lambda: FusedDAAM(1, 2, 3, None, "a"), TypeError, "mean_offset_init must be a number, got 'a'"),
+        (lambda: FusedDAAM(1, 2, 3, None, "a"), TypeError, "mean_offset_init must be a number, got str"),
         (lambda: FusedDAAM(1, 2, 3, None, float("nan")), ValueError, "mean_offset_init must be finite, got nan"),
         (lambda: FusedDAAM(1, 2, 3, eps=(1e-8,)), TypeError, "eps must be a number, got"),
         (lambda: FusedMultiHeadDAAM(1, 2, 3, eps=0), ValueError, "eps must be positive, got 0"),
@@ -218,7 +218,7 @@ def test_initialisation():
         (lambda: FusedDensityBlock(1, [2], [3], 1), TypeError, "norm_axes must be a list of num_layers=1 ints, got 1"),
         (lambda: FusedDensityBlock([1], [2], [3], 1.0), ValueError, "num_layers must be an int of at least 0, got 1.0"),
         (lambda: FusedDensityBlock([1], [0], [3], 1), ValueError, "num_heads must be an int of at least 1, got 0"),
-        (lambda: FusedDensityBlock([1], [2], [3], 1, eps=[1, 2]), TypeError, r"eps must be a number, got \[1, 2\]"),
+        (lambda: FusedDensityBlock([1], [2], [3], 1, eps=[1, 2]), TypeError, "eps must be a number, got list"),
     ],
 )
 def test_constructor_names_what_does_not_fit(make, error, words):

@@ -154,7 +154,7 @@ def test_explanations_take_the_weights_and_refuse_the_curves():
         (lambda: FusedMultiHeadFeatureDAAM(4, 4.0), ValueError, "feature_size must be an int of at least 1, got 4.0"),
         (lambda: FusedMultiHeadFeatureDAAM(4, 4, True), ValueError, "num_heads must be an int of at least 1, got True"),
         (lambda: FusedMultiHeadFeatureDAAM(4, 4), ValueError, "num_heads must be at most num_layers=4, got 8"),
-        (lambda: FusedMultiHeadFeatureDAAM(4, 4, 2, "2"), TypeError, "c must be a number, got '2'"),
+        (lambda: FusedMultiHeadFeatureDAAM(4, 4, 2, "2"), TypeError, "c must be a number, got str"),
         (lambda: FusedMultiHeadFeatureDAAM(4, 4, 2, 0), ValueError, "c must not be 0, got 0"),
         (lambda: FusedMultiHeadFeatureDAAM(4, 4, 2, eps=0), ValueError, "eps must be positive, got 0"),
         (lambda: FusedMultiHeadFeatureDAAM(4, 4, 2, eps=float("nan")), ValueError, "eps must be finite, got nan"),
@@ -200,7 +200,7 @@ def test_an_eps_that_rounds_to_zero_is_refused_where_it_does():
 
 def test_repr_shows_arguments_and_options_that_are_not_the_default():
     assert repr(FusedMultiHeadFeatureDAAM(24, 1024)) == (
-        "FusedMultiHeadFeatureDAAM(num_layers=24, feature_size=1024, num_heads=8, c=2, eps=1e-05)"
+        "FusedMultiHeadFeatureDAAM(num_layers=24, feature_size=1024, num_heads=8, c=2.0, eps=1e-05)"
     )
     assert repr(FusedMultiHeadFeatureDAAM(4, 4, 2, padding_value=0, padding_stats="exclude")).endswith(
         "eps=1e-05, padding_value=0, padding_stats='exclude')"

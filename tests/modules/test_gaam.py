@@ -152,7 +152,7 @@ def test_initialisation():
     [
         (("1", 2, 3), ValueError, "norm_axis must be an int, got '1'"),
         ((1, 0, 3), ValueError, "num_heads must be an int of at least 1, got 0"),
-        ((1, 2, 3, "2"), TypeError, "initial_c must be a number, got '2'"),
+        ((1, 2, 3, "2"), TypeError, "initial_c must be a number, got str"),
         ((1, 2, 3, 0), ValueError, "initial_c must not be 0, got 0"),
         ((1, 2, 3, float("inf")), ValueError, "initial_c must be finite, got inf"),
         ((1, 2, 3, torch.ones(2)), ValueError, r"initial_c must have shape \[num_gaussians\] = \[3\], got \[2\]"),

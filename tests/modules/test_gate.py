@@ -134,7 +134,7 @@ def test_a_masked_batch_gives_what_its_sequences_give_alone():
     [
         (dict(channels=0), ValueError, "channels must be an int of at least 1, got 0"),
         (dict(channels=4, num_gaussians=1.0), ValueError, "num_gaussians must be an int of at least 1, got 1.0"),
-        (dict(channels=4, alpha="a"), TypeError, "alpha must be a number, got 'a'"),
+        (dict(channels=4, alpha="a"), TypeError, "alpha must be a number, got str"),
         (dict(channels=4, alpha=math.inf), ValueError, "alpha must be finite, got inf"),
         (dict(channels=4, padding_stats="no"), ValueError, "padding_stats must be one of zero, exclude, got 'no'"),
     ],
