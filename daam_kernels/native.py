@@ -105,12 +105,19 @@ def cuda_status() -> tuple[bool, str]:
     return True, "CUDA C++ kernels on the GPU"
 
 
-@lru_cache(maxsize=None)
+_loaded_on: set[torch.device] = set()
+
+
 def cuda_failure(device: torch.device) -> str:
     """Why the CUDA kernels do not load on this device; nothing where they do. Starts CUDA on it."""
+    if device in _loaded_on:
+        return ""
     with torch.cuda.device(device):
         code = _library().cuda_load(_cuda_image())
-    return _reason(code) if code else ""
+    if code:  # asked again: memory may be free by then
+        return _reason(code)
+    _loaded_on.add(device)
+    return ""
 
 
 def instruction_set() -> str:

@@ -1,9 +1,11 @@
 """Which backend serves a call: by name, by the environment variable, by itself."""
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import daam_kernels
 import pytest
@@ -117,6 +119,16 @@ def test_auto_on_cuda(triton, compiled, failure, monkeypatch):
     elif compiled:
         with pytest.raises(RuntimeError, match="they do not load"):
             backends.resolve("cuda", OnGPU())
+
+
+def test_a_failure_to_load_on_a_gpu_is_asked_again_and_a_success_is_not(monkeypatch):
+    native, codes, device = backends.native, [4, 0], torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(native, "_library", lambda: SimpleNamespace(cuda_load=lambda image: codes.pop(0)))
+    monkeypatch.setattr(native, "_cuda_image", lambda: None)
+    monkeypatch.setattr(native, "_reason", lambda code: f"status {code}")
+    monkeypatch.setattr(native, "_loaded_on", set())
+    assert [native.cuda_failure(device) for _ in range(3)] == ["status 4", "", ""] and not codes
 
 
 def test_on_other_devices_auto_is_the_reference():
