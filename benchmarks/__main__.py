@@ -56,6 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
         install = f'pip install -c constraints.txt ".[{extra}]"'
         print(f"{missing} is not installed; in the repository root: {install}", file=sys.stderr)
         return 1
+    except OSError as error:  # such as a full disk
+        if error.filename is None:
+            raise
+        print(f"{error.filename}: {error.strerror or error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

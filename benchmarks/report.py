@@ -9,9 +9,10 @@ import csv
 import io
 import json
 import math
-import os
 from pathlib import Path
 from typing import Mapping, Sequence
+
+from daam_kernels.explain.files import complete
 
 Row = Mapping[str, object]
 
@@ -67,6 +68,5 @@ def _finite(content):
 
 def write_text(path: Path, text: str) -> None:
     """The whole text or, where the program ends before, what was there."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8", newline="")
-    os.replace(part, path)
+    with complete(path) as part:
+        part.write_text(text, encoding="utf-8", newline="")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from daam_kernels.explain.files import complete
+
 from .contenders import NAMES
 
 
@@ -29,7 +31,8 @@ def plot(rows: list[dict], path: Path) -> None:
         panel.grid(linewidth=0.4, color="#dddddd")
     if panels[0].lines:
         panels[0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    with complete(path) as part:
+        figure.savefig(part, format="png", dpi=120)
 
 
 def _lines(rows: list[dict], column: str) -> dict[tuple[str, int], list[tuple[int, float]]]:

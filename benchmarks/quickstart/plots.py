@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend th
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
+from daam_kernels.explain.files import complete  # noqa: E402
+
 from ..report import read_csv  # noqa: E402
 from .data import Utterances  # noqa: E402
 
@@ -41,7 +43,8 @@ def plot(curves: Path, summary: dict, model: nn.Module, test: Utterances, path: 
         panel.set_ylabel("coefficient")
     speaker = int(test.speakers[utterance]) + 1
     below.suptitle(f"Test utterance {utterance + 1}, speaker {speaker}, {length} frames; grey: padding; lines: heads")
-    figure.savefig(path, dpi=130)
+    with complete(path) as part:
+        figure.savefig(part, format="png", dpi=130)
     plt.close(figure)
 
 

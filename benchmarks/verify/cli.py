@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .. import arguments
 from ..environment import usable_device, usable_folder
-from ..report import write_json
+from ..report import write_json, write_text
 from .schedule import run as run_steps
 from .steps import GROUPS, steps
 from .summary import failures, judge, page
@@ -72,10 +72,10 @@ def run(options: argparse.Namespace) -> int:
     seconds = time.monotonic() - begin
     environment = _environment(out)
     content = {"environment": environment, "device": options.device, "limit": options.limit, "seconds": seconds}
-    write_json(out / "verify.json", content | {"failures": failures(rows), "steps": rows})
     text = page(rows, environment, seconds)
-    (out / "summary.md").write_text(text, encoding="utf-8")
-    print(text)
+    print(text, flush=True)  # first: a full disk must not cost it
+    write_json(out / "verify.json", content | {"failures": failures(rows), "steps": rows})
+    write_text(out / "summary.md", text)
     return int(bool(failures(rows)))
 
 

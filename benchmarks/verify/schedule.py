@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
+from daam_kernels.explain.files import named_in_errors
+
 OK, FAILED, TIMED_OUT, OUT_OF_TIME, NOT_RUN = "ok", "failed", "timed out", "out of time", "not run"
 INTERRUPTED = "interrupted"
 BAD = (FAILED, TIMED_OUT, OUT_OF_TIME, INTERRUPTED)
@@ -137,8 +139,9 @@ def _may_start(step: Step, running: list[_Running], pending: list[Step], outcome
 def _start(step: Step, now: float, until: float, logs: Path, folder: Path) -> _Running:
     log = logs / f"{step.name.replace(' ', '-')}.log"
     with open(log, "w", encoding="utf-8") as file:
-        file.write(f"# at {now:.0f} s: {' '.join(step.command)}\n")
-        file.flush()
+        with named_in_errors(log):
+            file.write(f"# at {now:.0f} s: {' '.join(step.command)}\n")
+            file.flush()
         process = subprocess.Popen(
             step.command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, cwd=folder,
             env={**os.environ, **step.environment}, start_new_session=True,

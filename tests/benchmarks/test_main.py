@@ -1,5 +1,6 @@
 """The command line as a whole: what is missing or interrupts it is told in a line, and nothing measured is lost."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -34,6 +35,31 @@ def test_whatever_is_interrupted_ends_with_a_word(monkeypatch, capsys):
 
     monkeypatch.setattr(_FAMILIES["host"], "run", interrupted)
     assert main(["host"]) == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_full_disk_is_told_in_a_line_and_other_errors_as_ever(monkeypatch, capsys):
+    def full(options):
+        raise OSError(errno.ENOSPC, "No space left on device", *named)
+
+    monkeypatch.setattr(_FAMILIES["host"], "run", full)
+    named = ["out/host-cpu.json"]
+    assert main(["host"]) == 1 and capsys.readouterr().err == "out/host-cpu.json: No space left on device\n"
+    named = []
+    with pytest.raises(OSError, match="No space"):
+        main(["host"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
+def test_a_sweep_on_a_full_disk_ends_with_a_line(tmp_path, monkeypatch, capsys):
+    def part_on_a_full_disk(path, text, **options):
+        with open("/dev/full", "w") as file:
+            file.write(text)
+
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(Path, "write_text", part_on_a_full_disk)
+    assert main([*kernels(tmp_path), "--shapes", "tiny", "--budget", "0"]) == 1
+    assert f"{tmp_path / 'kernels-cpu.json'}: No space left on device\n" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal")

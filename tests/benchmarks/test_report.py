@@ -1,10 +1,13 @@
 """Tables, CSV and JSON of the benchmarks."""
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 
-from benchmarks.report import format_table, read_csv, write_csv, write_json
+from benchmarks.report import format_table, read_csv, write_csv, write_json, write_text
+from daam_kernels.explain.files import complete
 
 
 def test_csv_keeps_every_column_and_writes_none_as_empty(tmp_path):
@@ -39,3 +42,27 @@ def test_no_file_has_a_number_that_json_does_not_know(tmp_path):
     (read,) = json.loads((tmp_path / "a.json").read_text(), **refused)["rows"]
     assert read == {**row, "error": None, "times": [None, 1.0]}
     assert read_csv(tmp_path / "a.csv") == [{"error": "", "times": "[None, 1.0]", "note": "error of y is inf"}]
+
+
+def test_two_runs_write_the_same_file_without_each_other(tmp_path, monkeypatch):
+    path, write = tmp_path / "a.json", Path.write_text
+
+    def interleaved(part, text, **options):
+        write(part, text, **options)
+        if text == "of the first run":
+            write_text(path, "of the second")
+            assert path.read_text() == "of the second"
+
+    monkeypatch.setattr(Path, "write_text", interleaved)
+    write_text(path, "of the first run")
+    assert path.read_text() == "of the first run" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_what_was_there_and_is_named(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("earlier")
+    with pytest.raises(OSError, match="No space left on device: .*a.json") as raised:
+        with complete(path) as part:
+            part.write_text("half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert raised.value.filename == str(path) and path.read_text() == "earlier" and list(tmp_path.iterdir()) == [path]

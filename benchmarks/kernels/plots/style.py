@@ -12,6 +12,8 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend th
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
+from daam_kernels.explain.files import complete  # noqa: E402
+
 from ..bare import BARE  # noqa: E402
 from ..contender import DIRECTIONS  # noqa: E402
 from ..contenders import (  # noqa: E402
@@ -109,7 +111,8 @@ def finish(
     figure.set_layout_engine("none")  # worked out by now; it would be again for every file
     # Text stays text, and nothing in the file differs between two runs on the same data.
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "daam_kernels"}):
-        figure.savefig(paths[0], dpi=130)
-        figure.savefig(paths[1], metadata={"Date": None})
+        for path, options in zip(paths, ({"dpi": 130}, {"metadata": {"Date": None}})):
+            with complete(path) as part:
+                figure.savefig(part, format=path.suffix[1:], **options)
     plt.close(figure)
     return paths
