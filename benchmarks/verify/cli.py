@@ -17,7 +17,7 @@ from .. import arguments
 from ..environment import usable_device, usable_folder
 from ..report import write_json, write_text
 from .schedule import run as run_steps
-from .steps import GROUPS, steps
+from .steps import GROUPS, TIMINGS, results_of, steps
 from .summary import failures, judge, page
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -57,9 +57,11 @@ def run(options: argparse.Namespace) -> int:
     out = options.out.resolve()
     logs = usable_folder(out) / "logs"
     logs.mkdir(exist_ok=True)
-    for record in logs.glob("*.jsonl"):  # of an earlier run; they are appended to
-        record.unlink()
-    (out / "environment.json").unlink(missing_ok=True)  # which the first step writes anew, where it is asked for
+    # What an earlier run left would be taken for this one's wherever a step does not come to write its own.
+    left = [out / "environment.json", *logs.glob("*.jsonl"), *logs.glob("*.log")]
+    left += [results_of(name, options.device, out) for name in TIMINGS if name in groups]
+    for path in left:
+        path.unlink(missing_ok=True)
     begin = time.monotonic()
 
     def advance(what: str) -> None:

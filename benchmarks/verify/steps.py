@@ -50,6 +50,11 @@ def record_of(step: Step, out: Path) -> Path:
     return out / "logs" / f"{step.name.replace(' ', '-')}.jsonl"
 
 
+def results_of(name: str, device: str, out: Path) -> Path:
+    """What the timing of that name writes."""
+    return out / f"{name}-{device}.json"
+
+
 def find_sanitizer() -> str | None:
     """The program compute-sanitizer, on the path or where CUDA's toolkit has it."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]

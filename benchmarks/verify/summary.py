@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import record, sanitizer
 from .schedule import BAD, FAILED, NOT_RUN, OK, Outcome, Step
-from .steps import CONTRACT, HUGE, SANITIZERS, TESTS, record_of
+from .steps import CONTRACT, HUGE, SANITIZERS, TESTS, record_of, results_of
 
 _MOST = 40  # failures of a step that the page names
 _SLOWEST = 8
@@ -32,7 +32,7 @@ def judge(outcome: Outcome, out: Path, device: str) -> dict:
     elif step.name in (TESTS, HUGE, CONTRACT) and status == OK and device == "cuda" and not counts[record.PASSED]:
         status, reason, failures = FAILED, "no test ran", ["no test ran"]
     elif step.alone and outcome.log:
-        wrong = _wrong_rows(out / f"{step.name}-{device}.json")
+        wrong = _wrong_rows(results_of(step.name, device, out))
         failures, notes = (wrong, notes) if status in BAD else ([], wrong)
     if failures and status == OK:
         status = FAILED

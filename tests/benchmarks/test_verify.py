@@ -275,6 +275,20 @@ def test_a_summary_names_no_environment_of_an_earlier_run(tmp_path, capsys):
     assert json.loads((tmp_path / "verify.json").read_text())["environment"] == {}
 
 
+def test_a_step_that_writes_no_results_is_not_judged_by_those_of_an_earlier_run(tmp_path, monkeypatch):
+    """And what was not asked for stays."""
+    wrong = json.dumps({"rows": [{"shape": "tiny", "contender": "fused", "status": "wrong"}]})
+    (tmp_path / "logs").mkdir()
+    for name in ("host-cpu.json", "pool-cpu.json", "logs/host.log"):
+        (tmp_path / name).write_text(wrong)
+    fails = [Step("host", python("raise SystemExit(3)"), 20, alone=True)]
+    monkeypatch.setattr("benchmarks.verify.cli.steps", lambda *_: fails)
+    assert main(["verify", "--device", "cpu", "--steps", "host", "--out", str(tmp_path)]) == 1
+    content = json.loads((tmp_path / "verify.json").read_text())
+    assert content["failures"] == ["host: # at 0 s: " + " ".join(fails[0].command)]
+    assert (tmp_path / "pool-cpu.json").exists()
+
+
 def test_a_dry_run(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     chosen = ["verify", "--device", "cpu", "--out", str(tmp_path), "--cores", "2"]
