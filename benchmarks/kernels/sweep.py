@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable, Iterator
@@ -133,7 +134,7 @@ def _admit(case: Case, direction: str, contender: Contender, limits: Limits, cel
             call = contender.prepare(direction, case.x, case.grad)
             results = call()
         if saved is not None and direction != FORWARD and contender.tolerance is not None:
-            cell.saved_mb = sum(saved.values()) / 1e6
+            cell.saved_mb = saved() / 1e6
         if contender.tolerance is not None:
             found = errors(direction, results, true)
             cell.error_y, cell.error_dx, cell.error_parameters = found
@@ -170,7 +171,7 @@ def _excess(case: Case, direction: str, contender: Contender, limits: Limits) ->
     seconds = min(timer() for _ in range(2)) * scale
     if seconds > limits.call:
         return f"about {seconds:.0f} s a call, limit {limits.call:g} s"
-    needed = sum(saved.values()) * scale + _TEMPORARIES * x.nbytes
+    needed = saved() * scale + _TEMPORARIES * x.nbytes
     allowed = _MEMORY_SHARE * (available_memory() or math.inf)
     if needed > allowed:
         return f"about {needed / 1e9:.1f} GB of memory, limit {allowed / 1e9:.1f} GB"
@@ -178,16 +179,29 @@ def _excess(case: Case, direction: str, contender: Contender, limits: Limits) ->
 
 
 @contextlib.contextmanager
-def _count_saved(*inputs: Tensor) -> Iterator[dict[int, int]]:
-    """Fills a dictionary with the storages that autograd saves inside, address to bytes, without those of inputs."""
+def _count_saved(*inputs: Tensor) -> Iterator[Callable[[], int]]:
+    """A function for the bytes that autograd held when the backward began, or else holds now, those of inputs apart.
+
+    Storages are told apart by their addresses, which is right for what is there at one moment alone: an address has
+    another storage once the first one is freed, and a backward may save for a graph of its own.
+    """
     ours = {t.untyped_storage().data_ptr() for t in inputs}
-    storages: dict[int, int] = {}
+    saved: list[weakref.ref[Tensor]] = []
+    held: list[int] = []
+
+    def count() -> int:
+        storages = (t.untyped_storage() for t in (each() for each in saved) if t is not None)
+        return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in ours}.values())
 
     def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in ours:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return t.detach()  # the tensor itself would hold its own graph alive
+        alone = t.detach()  # the tensor itself would hold its own graph alive
+        saved.append(weakref.ref(alone))
+        return alone
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        yield storages
+    def unpack(t: Tensor) -> Tensor:
+        if not held:
+            held.append(count())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield lambda: held[0] if held else count()

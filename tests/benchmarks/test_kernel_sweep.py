@@ -331,8 +331,31 @@ def test_saved_memory_counts_what_the_backward_holds_beside_the_inputs():
     with sweep._count_saved(x, grad) as saved:
         y = (x * 2).exp()  # saves its own result
         z = y * x  # saves y, which is there already, and x, which does not count
-    assert sum(saved.values()) == 400
+    assert saved() == 400
     torch.testing.assert_close(torch.autograd.grad(z, x, grad)[0], grad * (2 * x * y + y))
+
+
+def test_saved_memory_is_that_of_the_moment_when_the_backward_begins():
+    class SavesInItsBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x.exp())
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            with torch.enable_grad():
+                (y,) = ctx.saved_tensors
+                y = y.detach().requires_grad_()
+                return torch.autograd.grad(y.exp().exp().sum(), y)[0] * grad
+
+    x, grad, others = torch.randn(100, requires_grad=True), torch.randn(100), []
+    with sweep._count_saved(x, grad) as saved:
+        for _ in range(3):
+            SavesInItsBackward.apply(x)  # and is freed
+            others.append(torch.empty(100))  # where that was
+        torch.autograd.grad(SavesInItsBackward.apply(x), x, grad)
+    assert saved() == 400
 
 
 def test_layout_of_the_channels_last_case():
