@@ -71,7 +71,7 @@ def additive_attention(
     batch, heads, queries, _ = query.shape
     size = batch, heads, queries, key.shape[2]
     if attn_mask is not None:
-        attn_mask = _check_attn_mask(attn_mask, query, size)
+        attn_mask = check_attn_mask(attn_mask, query, size)
     if key_padding_mask is not None:
         _check_key_padding_mask(key_padding_mask, query, size)
         if key_padding_mask.dtype != torch.bool:
@@ -129,7 +129,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) ->
         raise ValueError(f"weight must have shape [heads={heads}, hidden={hidden}], got {shape_of(weight)}")
 
 
-def _check_attn_mask(mask: Tensor, query: Tensor, size: tuple[int, ...]) -> Tensor:
+def check_attn_mask(mask: Tensor, query: Tensor, size: tuple[int, ...]) -> Tensor:
     """The mask with 4 dimensions."""
     check_mask("attn_mask", mask, _TRUE, "query", query, added=True)
     fits = mask.dim() <= 4 and all(m == 1 or m == n for m, n in zip(mask.shape[::-1], size[::-1]))

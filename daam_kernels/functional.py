@@ -162,11 +162,11 @@ def _attend(x, mean_offsets, c, weights, weights_softmax, mask, cu_seqlens, opti
     if weights is not None:
         _check_gaussians(x, mean_offsets=mean_offsets, weights=weights)
     if cu_seqlens is None:
-        _check_heads(x.shape[options.norm_axis], mean_offsets.shape[0], options.norm_axis, options.fewest)
+        check_heads(x.shape[options.norm_axis], mean_offsets.shape[0], options.norm_axis, options.fewest)
     else:
         _check_cu_seqlens(cu_seqlens, x, options.norm_axis)
     if mask is not None:
-        _check_mask(mask, x)
+        check_valid_mask(mask, x)
     check_choice("backend", backend, ("auto", *BACKENDS))
     log_shares = None if weights is None else _log_shares(_worked_with(weights, x), weights_softmax)
     if options.density == "gate":
@@ -238,9 +238,9 @@ def density_block(
             raise ValueError(
                 f"c must have the {len(c[0])} heads of c[0] in every layer, got {len(c[layer])} in c[{layer}]"
             )
-        _check_heads(x.shape[options.norm_axis], len(c[0]), options.norm_axis)
+        check_heads(x.shape[options.norm_axis], len(c[0]), options.norm_axis)
     if mask is not None:
-        _check_mask(mask, x)
+        check_valid_mask(mask, x)
     check_choice("backend", backend, ("auto", *BACKENDS))
     return block.apply(x, mean_offsets, c, mask, options, backend)
 
@@ -261,11 +261,11 @@ def _check_options(
     density: str,
     **others,
 ) -> DensityOptions:
-    norm_axis = _check_axis(norm_axis, x)
+    norm_axis = check_axis(norm_axis, x)
     check_dense("x", x)
     return DensityOptions(
         norm_axis,
-        _check_padding_value(padding_value),
+        check_padding_value(padding_value),
         check_choice("padding_stats", padding_stats, ("zero", "exclude")),
         check_choice("normalize", normalize, ("clamp", "softmax")),
         _check_eps(_DEFAULT_EPS.get(density, 1e-8) if eps is None else eps, x),
@@ -288,7 +288,7 @@ def _log_shares(weights: Tensor, softmax: bool) -> Tensor:
     return torch.where(absent, -math.inf, torch.where(absent, 1, weights).log()).contiguous()
 
 
-def _check_axis(norm_axis: int, x: Tensor) -> int:
+def check_axis(norm_axis: int, x: Tensor) -> int:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING_TYPES:
@@ -331,7 +331,7 @@ def _check_gaussians(x: Tensor, features: int | None = None, **parameters: Tenso
         )
 
 
-def _check_heads(length: int, num_heads: int, axis: int, fewest: int = 2) -> None:
+def check_heads(length: int, num_heads: int, axis: int, fewest: int = 2) -> None:
     if length < fewest * num_heads:
         raise ValueError(
             f"x must have at least {fewest} element{'s' * (fewest > 1)} per head along norm_axis: its size along axis "
@@ -353,7 +353,7 @@ def _check_nested(x: Tensor, norm_axis: int, cu_seqlens: Tensor | None) -> Tenso
             "x, a nested tensor, must have sequences that follow one another without gaps, got one with lengths() of "
             "its own; x.contiguous() has none"
         )
-    if _check_axis(norm_axis, x) != 1:
+    if check_axis(norm_axis, x) != 1:
         raise ValueError(
             f"norm_axis must be the ragged axis of a nested x, 1 or {1 - x.dim()}, got {norm_axis}: "
             "pass norm_axis=1, or x.values() for another axis"
@@ -384,14 +384,14 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, axis: int) -> None:
         )
 
 
-def _check_mask(mask: Tensor, x: Tensor) -> None:
+def check_valid_mask(mask: Tensor, x: Tensor) -> None:
     check_mask("mask", mask, "where x is valid", "x", x)
     fits = mask.dim() <= x.dim() and all(m == 1 or m == n for m, n in zip(mask.shape[::-1], x.shape[::-1]))
     if not fits:
         raise ValueError(f"mask must broadcast to x's shape {shape_of(x)}, got {shape_of(mask)}")
 
 
-def _check_padding_value(padding_value: float | None) -> float | None:
+def check_padding_value(padding_value: float | None) -> float | None:
     if padding_value is None:
         return None
     return check_number("padding_value", padding_value, "a number or None")

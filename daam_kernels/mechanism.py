@@ -269,7 +269,7 @@ class AttentionMechanism(nn.Module):
         """
         from .explain import pictures
 
-        new_figure, path = pictures._new_figure("plot"), pictures._check_path(path)
+        new_figure, path = pictures.figure_maker("plot"), pictures.check_path(path)
         bags = self._bags("inputs", inputs)
         if bags.kind != "bag":
             raise ValueError(f"inputs must be one input [rows, input_dim={self.input_dim}], got a {bags.kind} of them")
@@ -285,14 +285,14 @@ class AttentionMechanism(nn.Module):
             extent=(0.5, rows + 0.5, units + 0.5, 0.5),
         )  # fmt: skip
         if row_names is None:
-            pictures._count_from_one(axes.xaxis, rows)
+            pictures.count_from_one(axes.xaxis, rows)
         else:
-            positions, shown = pictures._readable_ticks(list(map(str, row_names)))
+            positions, shown = pictures.readable_ticks(list(map(str, row_names)))
             axes.set_xticks(positions, shown, rotation=90 if max(map(len, shown)) > 3 else 0)
         axes.set_yticks(range(1, units + 1))
         axes.set(xlabel="row", ylabel="unit", title=title)
         figure.colorbar(image, ax=axes, pad=0.015, label="weight")
-        return pictures._saved(figure, path)
+        return pictures.saved(figure, path)
 
     def _attend(self, bags: _Bags) -> tuple[Tensor, Tensor]:
         """(context vectors of every bag, weights [total, units]), in the rows' own units."""

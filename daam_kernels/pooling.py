@@ -18,7 +18,7 @@ from .checks import (
 from .ops.attention_pool import apply
 from .options import Pooling
 
-_BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "triton", "reference")
 
 
 def attention_pool(
@@ -110,7 +110,7 @@ def pool(
     _check_x(x, cu_seqlens)
     scorer = _checked_scorer(x, query, key_weight, key_bias, gate_weight, gate_bias)
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, x)
+        check_cu_seqlens(cu_seqlens, x)
         if lengths is not None:
             raise ValueError("lengths must be None where cu_seqlens is given, which says as much")
         cu_seqlens = cu_seqlens.contiguous()
@@ -122,7 +122,7 @@ def pool(
         lengths = lengths.contiguous()
     scale = check_scale(scale, x.shape[-1] ** -0.5 if key_weight is None else 1.0)
     dropout_p = check_dropout("dropout_p", dropout_p)
-    check_choice("backend", backend, _BACKENDS)
+    check_choice("backend", backend, BACKENDS)
 
     valid = None if key_padding_mask is None else ~key_padding_mask
     pooling = Pooling(x, *scorer, valid, lengths, cu_seqlens, None, scale, dropout_p, max_seqlen)
@@ -200,7 +200,7 @@ def _checked_scorer(x: Tensor, query: Tensor, *others: Tensor | None) -> list[Te
     return [query if query.dim() == 2 else query.unsqueeze(0), *others]
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
     """All but its numbers, which are checked where they are there."""
     _check_counts("cu_seqlens", cu_seqlens, x)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:

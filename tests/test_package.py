@@ -135,6 +135,15 @@ def test_an_arrow_never_runs_back_up():
             assert room != "reference", f"{file.relative_to(ROOT)} knows {known}"
 
 
+def test_private_names_stay_in_their_module():
+    inside_a_layer = {ROOT / "daam_kernels" / "ops" / "density_block.py"}  # takes what one layer of a block does
+    for file in {*(ROOT / "daam_kernels").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")} - inside_a_layer:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                private = [alias.name for alias in node.names if alias.name.startswith("_")]
+                assert private in ([], ["__version__"]), f"{file.relative_to(ROOT)} takes {private} of {node.module}"
+
+
 def test_public_names_exist():
     for name in daam_kernels.__all__:
         assert hasattr(daam_kernels, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..modules.daam import _PARAMETERS
+from ..modules.daam import PARAMETERS
 from ..modules.gaam import FusedMultiHeadGAAM
 from .product import Heads, heads_of, sampled
 from .recognition import Skip
@@ -23,7 +23,7 @@ class MixtureHeads(Heads):
     def __init__(self, role: str, learned: bool) -> None:
         super().__init__(role)
         self.learned = learned
-        self.parameters = (*_PARAMETERS, "weights") if learned else _PARAMETERS
+        self.parameters = (*PARAMETERS, "weights") if learned else PARAMETERS
 
     def fits_head(self, head):
         return super().fits_head(head) and (self.learned or isinstance(vars(head).get("weights"), Tensor))

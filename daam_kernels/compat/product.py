@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..modules.daam import _PARAMETERS, FusedDAAM, FusedDensityBlock, FusedMultiHeadDAAM
+from ..modules.daam import PARAMETERS, FusedDAAM, FusedDensityBlock, FusedMultiHeadDAAM
 from .family import Family, Results, waves
 from .recognition import Skip, holds, role
 
@@ -18,7 +18,7 @@ def heads_of(module: nn.Module) -> list[nn.Module]:
 class Heads(Family):
     """``GaussianAdaptiveAttention`` and ``MultiHeadGaussianAdaptiveAttention``: heads become rows of parameters."""
 
-    parameters: tuple[str, ...] = _PARAMETERS
+    parameters: tuple[str, ...] = PARAMETERS
     attributes = {"norm_axis", "num_heads", "num_gaussians", "padding_value", "eps"}  # of a head
 
     def __init__(self, role: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .pictures import _check_path, _new_figure, _saved
+from .pictures import check_path, figure_maker, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +46,7 @@ def plot_alignment(
         ImportError: matplotlib is not installed.
         TypeError, ValueError: an argument does not fit; the message names it, what it got and what it takes.
     """
-    new_figure, path = _new_figure("plot_alignment"), _check_path(path)
+    new_figure, path = figure_maker("plot_alignment"), check_path(path)
     _check_tokens(source, target)
     rows, columns = len(target), len(source)
     cells, height, width = _cells(weights, rows, columns)
@@ -69,7 +69,7 @@ def plot_alignment(
     axes.set(xlabel="source", ylabel="target")
     figure.suptitle(title)
     figure.colorbar(image, ax=axes, pad=0.02, label="weight")
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def _check_tokens(source: Sequence[str], target: Sequence[str]) -> None:

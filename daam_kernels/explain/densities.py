@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..modules.daam import _DensityAttention
+from ..modules.daam import DensityAttention
 from ..reference.gate import gate_widths
 
 
@@ -73,8 +73,8 @@ def parts_with_gaussians(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _gaussians(part: nn.Module) -> dict[str, Any]:
     """The Gaussians as density_attention takes them; of other classes by attribute, where weights make a mixture."""
-    if isinstance(part, _DensityAttention):
-        return part._gaussians()
+    if isinstance(part, DensityAttention):
+        return part.gaussians()
     if isinstance(getattr(part, "log_sigma", None), Tensor):
         widths, log_shares = gate_widths(torch.atleast_2d(part.log_sigma.detach().double()))
         shares = dict(weights=log_shares.exp(), weights_softmax=False)

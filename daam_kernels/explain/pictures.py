@@ -49,7 +49,7 @@ def plot_importance(
         ImportError: matplotlib is not installed.
         TypeError, ValueError: an argument does not fit; the message names it, what it got and what it takes.
     """
-    new_figure, path = _new_figure("plot_importance"), _check_path(path)
+    new_figure, path = figure_maker("plot_importance"), check_path(path)
     importance = importance_factor(weights, layer_axis=layer_axis, feature_axis=feature_axis)
     names = layer_names_of(weights, layer_names, len(importance))
     layers, features = importance.shape
@@ -64,11 +64,11 @@ def plot_importance(
         origin="lower", extent=(0.5, features + 0.5, 0.5, layers + 0.5), interpolation="hanning" if fine else "nearest",
         interpolation_stage="data",  # values are averaged, not colours
     )  # fmt: skip
-    axes.set_yticks(*_readable_ticks(names))
-    _count_from_one(axes.xaxis, features)
+    axes.set_yticks(*readable_ticks(names))
+    count_from_one(axes.xaxis, features)
     axes.set(xlabel="feature", ylabel="layer", title=title)
     figure.colorbar(image, ax=axes, pad=0.015, label="importance factor")
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def plot_layer_contribution(
@@ -84,7 +84,7 @@ def plot_layer_contribution(
 
     Source: arXiv 2401.11143, Figure 3. Arguments, result and errors are those of :func:`plot_importance`.
     """
-    new_figure, path = _new_figure("plot_layer_contribution"), _check_path(path)
+    new_figure, path = figure_maker("plot_layer_contribution"), check_path(path)
     percent = layer_contribution(weights, layer_axis=layer_axis, feature_axis=feature_axis)
     layers = len(percent)
     names = layer_names_of(weights, layer_names, layers)
@@ -92,14 +92,14 @@ def plot_layer_contribution(
     axes = figure.subplots()
     axes.bar(range(1, layers + 1), percent.tolist(), 0.82, color=_BLUE)
     axes.axhline(100 / layers, color=_ACCENT, linewidth=1.4, linestyle="--", label=f"equal: {100 / layers:.3g} %")
-    positions, shown = _readable_ticks(names)
+    positions, shown = readable_ticks(names)
     upright = sum(len(name) + 1 for name in shown) > 9 * figure.get_figwidth()
     axes.set_xticks(positions, shown, rotation=90 if upright else 0)
     axes.set(xlabel="layer", ylabel="contribution / %", title=title, xlim=(0.3, layers + 0.7))
     axes.set_ylim(0, 1.18 * max(percent.nan_to_num().max().item(), 100 / layers))  # room for the legend
     axes.legend(frameon=False, loc="upper right")
     _plain(axes)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def plot_density(
@@ -133,7 +133,7 @@ def plot_density(
         ImportError: matplotlib is not installed.
         TypeError, ValueError: an argument does not fit; the message names it, what it got and what it takes.
     """
-    new_figure, path = _new_figure("plot_density"), _check_path(path)
+    new_figure, path = figure_maker("plot_density"), check_path(path)
     if check_finite("rstd", rstd) <= 0:
         raise ValueError(f"rstd must be positive, got {rstd!r}")
     parts = parts_with_gaussians(module)
@@ -166,10 +166,10 @@ def plot_density(
     figure.suptitle(f"Learned density of {type(module).__name__}" if title is None else title)
     handles, labels = [line, faint[0], band], [kinds, "the Gaussians", "mean ± one deviation"]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
-def _new_figure(caller: str) -> Callable[[float, float], Figure]:
+def figure_maker(caller: str) -> Callable[[float, float], Figure]:
     """figure(width, height) in inches. It is not one of pyplot's, so nothing has to be closed."""
     try:
         from matplotlib.figure import Figure
@@ -184,13 +184,13 @@ def _plain(axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _readable_ticks(names: Sequence[str]) -> tuple[list[int], list[str]]:
+def readable_ticks(names: Sequence[str]) -> tuple[list[int], list[str]]:
     """Positions from 1 and names, thinned where they would touch."""
     step = -(-len(names) // _MOST_LABELS)
     return list(range(1, len(names) + 1, step)), list(names[::step])
 
 
-def _count_from_one(axis, count: int) -> None:
+def count_from_one(axis, count: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     between = [int(tick) for tick in MaxNLocator(8, integer=True, steps=[1, 2, 4, 5, 10]).tick_values(1, count)]
@@ -198,7 +198,7 @@ def _count_from_one(axis, count: int) -> None:
     axis.set_ticks([1, *(tick for tick in between if 1 + step / 2 < tick <= count)])
 
 
-def _check_path(path: str | os.PathLike[str] | None) -> Path | None:
+def check_path(path: str | os.PathLike[str] | None) -> Path | None:
     if path is None:
         return None
     path = Path(path)
@@ -207,7 +207,7 @@ def _check_path(path: str | os.PathLike[str] | None) -> Path | None:
     return path
 
 
-def _saved(figure: Figure, path: Path | None) -> Figure:
+def saved(figure: Figure, path: Path | None) -> Figure:
     if path is not None:
         with complete(path) as part:
             figure.savefig(part, format=path.suffix[1:].lower(), dpi=160)

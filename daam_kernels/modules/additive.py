@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import FLOATING_TYPES, check_choice, check_count, check_dropout, shape_of
-from ..additive import _check_attn_mask, additive_attention
+from ..additive import check_attn_mask, additive_attention
 from ..backends import BACKENDS
 
 _STREAMED = 1 << 24  # weights of a block, of all heads
@@ -235,7 +235,7 @@ class AdditiveAttention(nn.Module):
         call = self._call(query, key, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
         (batch, heads, queries, _), keys = call.query.shape, call.keys.key.shape[2]
         if attn_mask is not None:
-            call = call._replace(attn_mask=_check_attn_mask(call.attn_mask, call.query, (batch, heads, queries, keys)))
+            call = call._replace(attn_mask=check_attn_mask(call.attn_mask, call.query, (batch, heads, queries, keys)))
         if rows is None:
             rows = max(1, _STREAMED // (batch * heads * keys))
         check_count("rows", rows, 1)

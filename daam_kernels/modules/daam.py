@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_count, check_finite, check_first
 from ..functional import (
     BACKENDS,
-    _check_axis,
-    _check_heads,
-    _check_mask,
-    _check_padding_value,
+    check_axis,
+    check_heads,
+    check_valid_mask,
+    check_padding_value,
     density_attention,
     density_block,
     sweeps_blocks,
 )
 
-_PARAMETERS = ("mean_offsets", "c")
-_HEADS = "attention_heads."  # what the public package calls the list of a multi-head's single heads
+PARAMETERS = ("mean_offsets", "c")
+HEADS = "attention_heads."  # what the public package calls the list of a multi-head's single heads
 _HOOKS_OF_A_CALL = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 
 
-class _DensityAttention(nn.Module):
+class DensityAttention(nn.Module):
     """What the modules share: parameters [heads, num_gaussians], one call, the options of that call."""
 
     _SHOWN = ("norm_axis", "num_heads", "num_gaussians", "padding_value", "eps")
@@ -60,7 +60,7 @@ class _DensityAttention(nn.Module):
         self.padding_stats = check_choice("padding_stats", padding_stats, ("zero", "exclude"))
         self.normalize = check_choice("normalize", normalize, ("clamp", "softmax"))
         self.backend = check_choice("backend", backend, ("auto", *BACKENDS))
-        _check_padding_value(padding_value)
+        check_padding_value(padding_value)
         self.mean_offsets = nn.Parameter(torch.empty(heads, num_gaussians, device=device, dtype=dtype))
         self.c = nn.Parameter(torch.empty(heads, num_gaussians, device=device, dtype=dtype))
 
@@ -95,25 +95,25 @@ class _DensityAttention(nn.Module):
                 raise ValueError(f"eps must be one number for all heads with packed sequences, got {self.eps}")
             return self._forward_head_by_head(x, return_attention_details, mask, residual)
         return self._attend(
-            x, self._gaussians(), self.eps, return_attention_details, mask, residual, cu_seqlens, max_seqlen
+            x, self.gaussians(), self.eps, return_attention_details, mask, residual, cu_seqlens, max_seqlen
         )
 
-    def _gaussians(self) -> dict:
+    def gaussians(self) -> dict:
         """The Gaussians of all heads, as :func:`daam_kernels.density_attention` takes them."""
         return {"mean_offsets": self.mean_offsets, "c": self.c}
 
     def _forward_head_by_head(self, x, return_weights, mask, residual):
-        axis = _check_axis(self.norm_axis, x)
-        _check_heads(x.shape[axis], self.num_heads, axis)
+        axis = check_axis(self.norm_axis, x)
+        check_heads(x.shape[axis], self.num_heads, axis)
         if mask is not None:
-            _check_mask(mask, x)
+            check_valid_mask(mask, x)
             mask = mask.expand_as(x)
         chunk = x.shape[axis] // self.num_heads
         parts = []
         for head, eps in enumerate(self.eps):
             start = head * chunk
             length = x.shape[axis] - start if head == self.num_heads - 1 else chunk
-            gaussians = self._gaussians()
+            gaussians = self.gaussians()
             gaussians |= {name: t[head : head + 1] for name, t in gaussians.items() if isinstance(t, Tensor)}
             part_mask = None if mask is None else mask.narrow(axis, start, length)
             part = x.narrow(axis, start, length)
@@ -159,16 +159,16 @@ class _DensityAttention(nn.Module):
         raise NotImplementedError
 
 
-class _MultiHead(_DensityAttention):
+class MultiHead(DensityAttention):
     """Many heads; the public packages hold each by itself in ``attention_heads``, under the same parameter names."""
 
     def _parameter_names(self) -> tuple[str, ...]:
-        return _PARAMETERS
+        return PARAMETERS
 
     def upstream_state_dict(self) -> dict[str, Tensor]:
         """The parameters as the public package's multi-head loads them: copies, detached, [num_gaussians] each."""
         return {
-            f"{_HEADS}{head}.{name}": getattr(self, name).detach()[head].clone()
+            f"{HEADS}{head}.{name}": getattr(self, name).detach()[head].clone()
             for head in range(self.num_heads)
             for name in self._parameter_names()
         }
@@ -178,12 +178,12 @@ class _MultiHead(_DensityAttention):
         count = 1 + max((head for tensors in heads.values() for head in tensors), default=-1)
         if count and count != self.num_heads:
             errors.append(
-                f"the checkpoint has {count} attention heads at {prefix + _HEADS + '*'!r}, "
+                f"the checkpoint has {count} attention heads at {prefix + HEADS + '*'!r}, "
                 f"and this module has num_heads={self.num_heads}"
             )
         absent = {}
         for name, tensors in heads.items():
-            keys = {head: f"{prefix}{_HEADS}{head}.{name}" for head in range(max(count, self.num_heads))}
+            keys = {head: f"{prefix}{HEADS}{head}.{name}" for head in range(max(count, self.num_heads))}
             taken = [state_dict.pop(keys[head]) for head in sorted(tensors)]
             absent[prefix + name] = [keys[head] for head in range(self.num_heads) if head not in tensors]
             if count != self.num_heads:
@@ -191,13 +191,13 @@ class _MultiHead(_DensityAttention):
             elif len({t.shape for t in taken}) > 1:
                 absent[prefix + name] = []
                 shapes = ", ".join(str(list(t.shape)) for t in taken)
-                errors.append(f"the heads of {prefix + _HEADS + '*.' + name!r} must have one shape, got {shapes}")
+                errors.append(f"the heads of {prefix + HEADS + '*.' + name!r} must have one shape, got {shapes}")
             elif not absent[prefix + name]:
                 state_dict[prefix + name] = torch.stack(taken)
         return state_dict, absent
 
 
-class FusedDAAM(_DensityAttention):
+class FusedDAAM(DensityAttention):
     """One head of density adaptive attention: y = x * w, w the normalised product of Gaussians of x itself.
 
     Drop-in for ``GaussianAdaptiveAttention`` of the public package, whose checkpoints ``load_state_dict`` takes.
@@ -233,7 +233,7 @@ class FusedDAAM(_DensityAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_shape(norm_axis, num_heads, num_gaussians)
+        check_shape(norm_axis, num_heads, num_gaussians)
         super().__init__(
             1, norm_axis, num_heads, num_gaussians, padding_value, mean_offset_init, _check_eps(eps, 0),
             padding_stats, normalize, backend, device, dtype,
@@ -242,14 +242,14 @@ class FusedDAAM(_DensityAttention):
 
     def upstream_state_dict(self) -> dict[str, Tensor]:
         """The parameters as the public package's single head loads them: copies, detached, [num_gaussians]."""
-        return {name: getattr(self, name).detach()[0].clone() for name in _PARAMETERS}
+        return {name: getattr(self, name).detach()[0].clone() for name in PARAMETERS}
 
     def _own_state_dict(self, state_dict, prefix, errors):
-        _add_axis_of_heads(state_dict, prefix, _PARAMETERS)
+        add_axis_of_heads(state_dict, prefix, PARAMETERS)
         return state_dict, {}
 
 
-class FusedMultiHeadDAAM(_MultiHead):
+class FusedMultiHeadDAAM(MultiHead):
     """Density adaptive attention with many heads, each on its own chunk of ``norm_axis``, in one kernel.
 
     Drop-in for ``MultiHeadGaussianAdaptiveAttention`` of the public package, whose checkpoints ``load_state_dict``
@@ -284,7 +284,7 @@ class FusedMultiHeadDAAM(_MultiHead):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_shape(norm_axis, num_heads, num_gaussians)
+        check_shape(norm_axis, num_heads, num_gaussians)
         super().__init__(
             num_heads, norm_axis, num_heads, num_gaussians, padding_value, 0, eps,
             padding_stats, normalize, backend, device, dtype,
@@ -391,7 +391,7 @@ class FusedDensityBlock(nn.Module):
         }
 
 
-def _add_axis_of_heads(state_dict: dict, prefix: str, names: Sequence[str]) -> bool:
+def add_axis_of_heads(state_dict: dict, prefix: str, names: Sequence[str]) -> bool:
     """Make [1, num_gaussians] of the [num_gaussians] of a public single head; whether there was any."""
     found = False
     for key in (prefix + name for name in names):
@@ -410,7 +410,7 @@ def _shared_in_a_sweep(x: Tensor, layer: nn.Module) -> tuple[int, dict] | None:
         return None
     if any(getattr(layer, name) for name in _HOOKS_OF_A_CALL):
         return None
-    axis = _check_axis(layer.norm_axis, x)
+    axis = check_axis(layer.norm_axis, x)
     names = "padding_value", "eps", "padding_stats", "normalize", "backend"
     return layer.num_heads, {"norm_axis": axis, **{name: getattr(layer, name) for name in names}}
 
@@ -419,14 +419,14 @@ def _head_tensors(state_dict: dict, prefix: str, names: Sequence[str]) -> dict[s
     """The public package's tensors of a multi-head by parameter name and head, where ours are not there as well."""
     found: dict[str, dict[int, Tensor]] = {name: {} for name in names if prefix + name not in state_dict}
     for key, value in state_dict.items():
-        if key.startswith(prefix + _HEADS):
-            head, _, name = key[len(prefix + _HEADS) :].partition(".")
+        if key.startswith(prefix + HEADS):
+            head, _, name = key[len(prefix + HEADS) :].partition(".")
             if name in found and head.isascii() and head.isdigit() and str(int(head)) == head:
                 found[name][int(head)] = value
     return found if any(found.values()) else {}
 
 
-def _check_shape(norm_axis: int, num_heads: int, num_gaussians: int) -> None:
+def check_shape(norm_axis: int, num_heads: int, num_gaussians: int) -> None:
     if isinstance(norm_axis, bool) or not isinstance(norm_axis, int):
         raise ValueError(f"norm_axis must be an int, got {norm_axis!r}")
     check_count("num_heads", num_heads, 1)

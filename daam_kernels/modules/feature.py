@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_count, check_finite, check_first
-from ..functional import BACKENDS, _check_axis, _check_mask, _check_padding_value, density_attention, density_weights
+from ..functional import BACKENDS, check_axis, check_valid_mask, check_padding_value, density_attention, density_weights
 from ..reference.feature import mean_over_time, weigh_time_steps
 from ..reference.statistics import valid_elements
 
@@ -73,7 +73,7 @@ class FusedMultiHeadFeatureDAAM(nn.Module):
             raise ValueError(f"c must not be 0, got {c}")
         if check_finite("eps", eps) <= 0:
             raise ValueError(f"eps must be positive, got {eps}")
-        _check_padding_value(padding_value)
+        check_padding_value(padding_value)
         self.num_layers = num_layers
         self.feature_size = feature_size
         self.num_heads = num_heads
@@ -113,7 +113,7 @@ class FusedMultiHeadFeatureDAAM(nn.Module):
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it, what it got and what it takes.
         """
-        _check_axis(0, x)
+        check_axis(0, x)
         layers, features = self.num_layers, self.feature_size
         if x.dim() not in (3, 4) or x.shape[1] != layers or x.shape[-1] != features or x.shape[-2] == 0:
             raise ValueError(
@@ -127,7 +127,7 @@ class FusedMultiHeadFeatureDAAM(nn.Module):
         if x.dim() == 3:
             return density_attention(x, *gaussians, padding_value=self.padding_value, mask=mask, **options, **returned)
         if mask is not None:
-            _check_mask(mask, x)
+            check_valid_mask(mask, x)
         valid = valid_elements(x, self.padding_value, mask)
         mean, counted = mean_over_time(x, valid, self.padding_stats)
         weights = density_weights(mean, *gaussians, mask=counted, **options)

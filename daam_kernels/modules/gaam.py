@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_first
-from .daam import _HEADS, _PARAMETERS, _add_axis_of_heads, _check_shape, _MultiHead
+from .daam import HEADS, PARAMETERS, add_axis_of_heads, check_shape, MultiHead
 
 
-class FusedMultiHeadGAAM(_MultiHead):
+class FusedMultiHeadGAAM(MultiHead):
     """Gaussian adaptive attention with many heads: y = x * w, w the normalised mixture of Gaussians of x itself.
 
     Drop-in for ``MultiHeadGaussianAdaptiveAttention`` of the first generation, whose checkpoints ``load_state_dict``
@@ -62,7 +62,7 @@ class FusedMultiHeadGAAM(_MultiHead):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_shape(norm_axis, num_heads, num_gaussians)
+        check_shape(norm_axis, num_heads, num_gaussians)
         super().__init__(
             num_heads, norm_axis, num_heads, num_gaussians, padding_value, 0, eps,
             padding_stats, normalize, backend, device, dtype,
@@ -86,25 +86,25 @@ class FusedMultiHeadGAAM(_MultiHead):
         else:
             self.shares.copy_(_exact(self.learnable_weights))
 
-    def _gaussians(self) -> dict:
+    def gaussians(self) -> dict:
         learned = self.learnable_weights is True
-        return super()._gaussians() | {
+        return super().gaussians() | {
             "density": "mixture",
             "weights": self.weights if learned else self.shares,
             "weights_softmax": learned,
         }
 
     def _parameter_names(self) -> tuple[str, ...]:
-        return (*_PARAMETERS, "weights") if self.learnable_weights is True else _PARAMETERS
+        return (*PARAMETERS, "weights") if self.learnable_weights is True else PARAMETERS
 
     def _own_state_dict(self, state_dict, prefix, errors):
         shares = prefix + "shares"
-        is_public = any(key.startswith(prefix + _HEADS) for key in state_dict)
+        is_public = any(key.startswith(prefix + HEADS) for key in state_dict)
         if self.num_heads == 1:
-            is_public |= _add_axis_of_heads(state_dict, prefix, self._parameter_names())
+            is_public |= add_axis_of_heads(state_dict, prefix, self._parameter_names())
         if self.learnable_weights is not True and is_public and shares not in state_dict:
             # The public code keeps given shares out of its checkpoints; its first days put them there as a buffer.
-            keys = [f"{prefix}{_HEADS}{head}.fixed_weights" for head in range(self.num_heads)]
+            keys = [f"{prefix}{HEADS}{head}.fixed_weights" for head in range(self.num_heads)]
             if all(key in state_dict for key in keys):
                 state_dict[shares] = torch.stack([state_dict.pop(key) for key in keys])
             else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_count, check_first
-from ..functional import BACKENDS, _check_axis, _check_mask, density_weights
+from ..functional import BACKENDS, check_axis, check_valid_mask, density_weights
 from ..reference.gate import project, scale_frames
 
 
@@ -89,7 +89,7 @@ class FusedDensityGate(nn.Module):
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it, what it got and what it takes.
         """
-        _check_axis(0, x)
+        check_axis(0, x)
         if x.dim() != 3 or x.shape[1] != self.channels or x.shape[2] == 0:
             raise ValueError(
                 f"x must have shape [batch, channels={self.channels}, time], time at least 1, got {list(x.shape)}"
@@ -127,5 +127,5 @@ def _frames(mask: Tensor, x: Tensor) -> Tensor:
             f"mask must have shape [batch={x.shape[0]}, time={x.shape[2]}] or broadcast to {list(target)}, "
             f"got {list(mask.shape)}"
         )
-    _check_mask(frames, x)
+    check_valid_mask(frames, x)
     return frames

@@ -149,7 +149,7 @@ class GroupedQueryAttention(nn.Module):
             q = q.unflatten(1, (self.kv_heads, self.query_heads // self.kv_heads)).sum(2)
             scale = 1 / self.head_dim
 
-        _check_masks(key_padding_mask, attn_mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+        check_masks(key_padding_mask, attn_mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
         # A causal mask that stands alone is left to scaled_dot_product_attention, which then skips what it hides.
         causal_alone = is_causal and key_padding_mask is None and attn_mask is None and not need_weights
         mask = None if causal_alone else _attended(q, k, key_padding_mask, attn_mask, is_causal)
@@ -224,7 +224,7 @@ def _attend(
     return weights @ v, weights
 
 
-def _check_masks(key_padding_mask: Tensor | None, attn_mask: Tensor | None, sizes: tuple[int, int, int, int]) -> None:
+def check_masks(key_padding_mask: Tensor | None, attn_mask: Tensor | None, sizes: tuple[int, int, int, int]) -> None:
     """Masks that fit scores of ``sizes`` [batch, heads, query_length, key_length]."""
     batch, _, _, keys = sizes
     if key_padding_mask is not None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..checks import check_choice, check_count
 from .daam import FusedMultiHeadDAAM
 from .feature import FusedMultiHeadFeatureDAAM
-from .grouped_query import GroupedQueryAttention, _check_masks
+from .grouped_query import GroupedQueryAttention, check_masks
 
 _DENSITY_NAMES = ("daam", "gct")  # what the public code calls its density attention
 
@@ -106,7 +106,7 @@ class GroupedQueryDAAM(nn.Module):
         if x.dim() != 3 or x.shape[2] != input_dim:
             raise ValueError(f"x must have shape [batch, length, {input_dim}], got {list(x.shape)}")
         batch, length, _ = x.shape
-        _check_masks(key_padding_mask, None, (batch, 1, length, length))
+        check_masks(key_padding_mask, None, (batch, 1, length, length))
         masks = {} if key_padding_mask is None else {"mask": ~key_padding_mask.unsqueeze(-1)}
         y, details = _call(self.daam, x, return_attention_details, **masks)
         if self.embed_transform is not None:

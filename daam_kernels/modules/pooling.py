@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import FLOATING_TYPES, check_choice, check_count, check_dropout
-from ..pooling import _BACKENDS, _check_cu_seqlens, pool
+from ..pooling import BACKENDS, check_cu_seqlens, pool
 from ..reference.attention_pool import penalty
 from ..sequences import check_packing
 
@@ -68,7 +68,7 @@ class AttentionPool(nn.Module):
         self.embed_dim, self.hops = embed_dim, hops
         self.score = check_choice("score", score, _SCORES)
         self.dropout = check_dropout("dropout", dropout)
-        self.backend = check_choice("backend", backend, _BACKENDS)
+        self.backend = check_choice("backend", backend, BACKENDS)
         hidden = score in ("additive", "gated")
         if hidden_dim is not None:
             if not hidden:
@@ -195,7 +195,7 @@ class AttentionPool(nn.Module):
             raise ValueError(f"weights must have shape {taken}, got {list(weights.shape)}")
         if cu_seqlens is None:
             return penalty(weights)
-        _check_cu_seqlens(cu_seqlens, weights)
+        check_cu_seqlens(cu_seqlens, weights)
         check_packing(cu_seqlens, weights.shape[0], 1, None, 0)
         products = (weights.unsqueeze(1) * weights.unsqueeze(2)).flatten(1)
         sums = torch.segment_reduce(products, "sum", lengths=cu_seqlens.long().diff(), axis=0)
