@@ -261,10 +261,9 @@ def _check_options(
     density: str,
     **others,
 ) -> DensityOptions:
-    norm_axis = check_axis(norm_axis, x)
-    check_dense("x", x)
+    check_x(x)
     return DensityOptions(
-        norm_axis,
+        check_axis(norm_axis, x),
         check_padding_value(padding_value),
         check_choice("padding_stats", padding_stats, ("zero", "exclude")),
         check_choice("normalize", normalize, ("clamp", "softmax")),
@@ -288,11 +287,16 @@ def _log_shares(weights: Tensor, softmax: bool) -> Tensor:
     return torch.where(absent, -math.inf, torch.where(absent, 1, weights).log()).contiguous()
 
 
-def check_axis(norm_axis: int, x: Tensor) -> int:
+def check_x(x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING_TYPES:
         raise TypeError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    check_dense("x", x)
+
+
+def check_axis(norm_axis: int, x: Tensor) -> int:
+    """The axis of x, counted from 0."""
     if isinstance(norm_axis, bool) or not isinstance(norm_axis, (int, torch.SymInt)):
         raise TypeError(f"norm_axis must be an int, got {type(norm_axis).__name__}")
     dims = x.dim()

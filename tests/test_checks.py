@@ -1,4 +1,4 @@
-"""Numbers that no float or no size can hold are refused by name, wherever a number is taken."""
+"""Numbers that nothing can hold, and tensors that are not dense: refused by name, wherever one is taken."""
 
 import pytest
 import torch
@@ -7,12 +7,14 @@ from daam_kernels import (
     AdditiveAttention,
     AttentionMechanism,
     AttentionPool,
+    DensityAdaptiveTransformer,
     FusedDAAM,
     FusedDensityGate,
     FusedMultiHeadDAAM,
     FusedMultiHeadFeatureDAAM,
     FusedMultiHeadGAAM,
     GroupedQueryAttention,
+    GroupedQueryDAAM,
     additive_attention,
     attention_pool,
     density_attention,
@@ -77,3 +79,57 @@ def test_what_the_parameters_type_cannot_hold_is_refused_by_name(name, make, val
     make(*shape, **{name: value}, dtype=torch.float64)
     with pytest.raises(ValueError, match=f"{name} must be within the range of the parameters' type, torch.float16"):
         make(*shape, **{name: value}, dtype=torch.float16)
+
+
+MODULES = [
+    FusedMultiHeadDAAM(1, 2, 3),
+    FusedMultiHeadDAAM(1, 2, 3, eps=[1e-3, 1e-5]),
+    FusedMultiHeadFeatureDAAM(24, 16),
+    FusedDensityGate(24),
+    GroupedQueryAttention(16, 4, 2),
+    GroupedQueryDAAM(16, 4, 2),
+    DensityAdaptiveTransformer(GroupedQueryDAAM(16, 4, 2), 24, 16, 3, hidden_channels=4),
+    AdditiveAttention(16, 8),
+    AttentionPool(16),
+]
+BATCH = torch.ones(2, 24, 16)
+NOT_DENSE = {
+    "strided": lambda t: torch.nested.nested_tensor(list(t)),
+    "sparse": torch.Tensor.to_sparse,
+    "csr": lambda t: t[0].to_sparse_csr(),
+}
+
+
+def call(module, x, **masks):
+    return module(x, x, **masks) if isinstance(module, AdditiveAttention) else module(x, **masks)
+
+
+@pytest.mark.parametrize("form", NOT_DENSE)
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
+def test_an_input_that_is_not_dense_is_refused_by_name(module, form):
+    with pytest.raises((TypeError, ValueError), match="^(x|query|eps) must be "):
+        call(module, NOT_DENSE[form](BATCH))
+
+
+@pytest.mark.parametrize("form", ["strided", "sparse"])
+@pytest.mark.parametrize(
+    "name, module",
+    [
+        ("mask", FusedDensityGate(24)),
+        *((name, GroupedQueryAttention(16, 4, 2)) for name in ("key_padding_mask", "attn_mask")),
+        ("key_padding_mask", GroupedQueryDAAM(16, 4, 2)),
+        ("attn_mask", AdditiveAttention(16, 8)),
+    ],
+)
+def test_a_mask_that_is_not_dense_is_refused_by_name(name, module, form):
+    with pytest.raises(TypeError, match=f"^{name} must be one dense tensor"):
+        call(module, BATCH, **{name: NOT_DENSE[form](torch.ones(2, 24) > 0)})
+
+
+def test_ragged_sequences_are_refused_by_grouped_query_attention():
+    ragged = torch.nested.nested_tensor([torch.ones(5, 16), torch.ones(3, 16)], layout=torch.jagged)
+    for module, name in ((GroupedQueryAttention(16, 4, 2), "query"), (GroupedQueryDAAM(16, 4, 2), "x")):
+        with pytest.raises(TypeError, match=f"{name} must be one dense tensor, got a nested one"):
+            module(ragged)
+    with pytest.raises(TypeError, match="query must be float64, .* got torch.int64"):
+        GroupedQueryAttention(16, 4, 2)(BATCH.long())

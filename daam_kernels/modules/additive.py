@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import FLOATING_TYPES, check_choice, check_count, check_dropout, shape_of
+from ..checks import FLOATING_TYPES, check_choice, check_count, check_dense, check_dropout, shape_of
 from ..additive import check_attn_mask, additive_attention
 from ..backends import BACKENDS
 
@@ -312,6 +312,8 @@ class AdditiveAttention(nn.Module):
                     f"got {shape_of(key_padding_mask)}"
                 )
             key_padding_mask = key_padding_mask.unsqueeze(0)
+        if isinstance(attn_mask, Tensor):
+            check_dense("attn_mask", attn_mask)
         if isinstance(attn_mask, Tensor) and attn_mask.dim() == 3 and len(attn_mask) == batch * self.num_heads:
             attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
         projected = self._heads(self.query_proj(query if is_batched else query.unsqueeze(0)))
@@ -325,6 +327,7 @@ class AdditiveAttention(nn.Module):
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
         if t.is_nested:
             raise TypeError(f"{name} must be one dense tensor, got a nested one: pad it, with a key_padding_mask")
+        check_dense(name, t)
         expected = of if size is None else f"{of}={size}"
         if t.dim() not in (2, 3) or size is not None and t.shape[-1] != size:
             raise ValueError(f"{name} must have shape [batch, T, {expected}] or [T, {expected}], got {shape_of(t)}")

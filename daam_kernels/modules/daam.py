@@ -19,6 +19,7 @@ from ..functional import (
     check_axis,
     check_heads,
     check_valid_mask,
+    check_x,
     check_padding_value,
     density_attention,
     density_block,
@@ -103,6 +104,7 @@ class DensityAttention(nn.Module):
         return {"mean_offsets": self.mean_offsets, "c": self.c}
 
     def _forward_head_by_head(self, x, return_weights, mask, residual):
+        check_x(x)
         axis = check_axis(self.norm_axis, x)
         check_heads(x.shape[axis], self.num_heads, axis)
         if mask is not None:

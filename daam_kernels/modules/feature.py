@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_count, check_finite, check_first
-from ..functional import BACKENDS, check_axis, check_valid_mask, check_padding_value, density_attention, density_weights
+from ..functional import (
+    BACKENDS,
+    check_padding_value,
+    check_valid_mask,
+    check_x,
+    density_attention,
+    density_weights,
+)
 from ..reference.feature import mean_over_time, weigh_time_steps
 from ..reference.statistics import valid_elements
 
@@ -113,7 +120,7 @@ class FusedMultiHeadFeatureDAAM(nn.Module):
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it, what it got and what it takes.
         """
-        check_axis(0, x)
+        check_x(x)
         layers, features = self.num_layers, self.feature_size
         if x.dim() not in (3, 4) or x.shape[1] != layers or x.shape[-1] != features or x.shape[-2] == 0:
             raise ValueError(

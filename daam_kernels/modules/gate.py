@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_count, check_first
-from ..functional import BACKENDS, check_axis, check_valid_mask, density_weights
+from ..checks import check_choice, check_count, check_dense, check_first
+from ..functional import BACKENDS, check_valid_mask, check_x, density_weights
 from ..reference.gate import project, scale_frames
 
 
@@ -89,7 +89,7 @@ class FusedDensityGate(nn.Module):
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it, what it got and what it takes.
         """
-        check_axis(0, x)
+        check_x(x)
         if x.dim() != 3 or x.shape[1] != self.channels or x.shape[2] == 0:
             raise ValueError(
                 f"x must have shape [batch, channels={self.channels}, time], time at least 1, got {list(x.shape)}"
@@ -119,6 +119,7 @@ def _frames(mask: Tensor, x: Tensor) -> Tensor:
     """The mask as one that broadcasts to [batch, 1, time]."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a boolean tensor, got {type(mask).__name__}")
+    check_dense("mask", mask)
     frames = mask.unsqueeze(1) if mask.dim() == 2 else mask
     target = (x.shape[0], 1, x.shape[2])
     fits = frames.dim() <= 3 and all(m in (1, n) for m, n in zip(frames.shape[::-1], target[::-1]))

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import check_choice, check_count, check_dropout, check_finite
+from ..checks import (
+    FLOATING_TYPES,
+    check_choice,
+    check_count,
+    check_dense,
+    check_dropout,
+    check_finite,
+    check_mask,
+)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -149,7 +157,7 @@ class GroupedQueryAttention(nn.Module):
             q = q.unflatten(1, (self.kv_heads, self.query_heads // self.kv_heads)).sum(2)
             scale = 1 / self.head_dim
 
-        check_masks(key_padding_mask, attn_mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+        check_masks(key_padding_mask, attn_mask, query, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
         # A causal mask that stands alone is left to scaled_dot_product_attention, which then skips what it hides.
         causal_alone = is_causal and key_padding_mask is None and attn_mask is None and not need_weights
         mask = None if causal_alone else _attended(q, k, key_padding_mask, attn_mask, is_causal)
@@ -171,6 +179,9 @@ class GroupedQueryAttention(nn.Module):
         for name, t in (("query", query), ("key", key), ("value", value)):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+            if t.dtype not in FLOATING_TYPES:
+                raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
+            check_dense(name, t)
             if t.dim() != 3 or t.shape[2] != self.embed_dim or t.shape[0] != query.shape[0]:
                 batch = "" if name == "query" else f"={query.shape[0]}"
                 raise ValueError(
@@ -224,31 +235,23 @@ def _attend(
     return weights @ v, weights
 
 
-def check_masks(key_padding_mask: Tensor | None, attn_mask: Tensor | None, sizes: tuple[int, int, int, int]) -> None:
+def check_masks(
+    key_padding_mask: Tensor | None, attn_mask: Tensor | None, query: Tensor, sizes: tuple[int, int, int, int]
+) -> None:
     """Masks that fit scores of ``sizes`` [batch, heads, query_length, key_length]."""
     batch, _, _, keys = sizes
     if key_padding_mask is not None:
-        if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
-            raise TypeError(
-                f"key_padding_mask must be a boolean tensor, True where a key is padding, got {_kind(key_padding_mask)}"
-            )
+        check_mask("key_padding_mask", key_padding_mask, "where a key is padding", "query", query)
         if key_padding_mask.shape != (batch, keys):
             raise ValueError(
                 f"key_padding_mask must have shape [batch={batch}, key_length={keys}], "
                 f"got {list(key_padding_mask.shape)}"
             )
     if attn_mask is not None:
-        if not isinstance(attn_mask, Tensor) or not (
-            attn_mask.dtype == torch.bool or attn_mask.dtype.is_floating_point
-        ):
-            raise TypeError(f"attn_mask must be a boolean or floating-point tensor, got {_kind(attn_mask)}")
+        check_mask("attn_mask", attn_mask, "where a query may not attend to a key", "query", query, added=True)
         shape = {2: sizes[2:], 3: (batch, *sizes[2:]), 4: sizes}.get(attn_mask.dim())
         if shape is None or any(m != 1 and m != n for m, n in zip(attn_mask.shape, shape)):
             raise ValueError(
                 f"attn_mask must have shape {list(sizes[2:])}, {[batch, *sizes[2:]]} or {list(sizes)}, or 1 in the "
                 f"place of a size, got {list(attn_mask.shape)}"
             )
-
-
-def _kind(value: object) -> object:
-    return value.dtype if isinstance(value, Tensor) else type(value).__name__

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import check_choice, check_count
+from ..checks import check_choice, check_count, check_dense
 from .daam import FusedMultiHeadDAAM
 from .feature import FusedMultiHeadFeatureDAAM
 from .grouped_query import GroupedQueryAttention, check_masks
@@ -103,10 +103,11 @@ class GroupedQueryDAAM(nn.Module):
         input_dim = self.gqa.embed_dim if self.embed_transform is None else self.embed_transform.in_features
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        check_dense("x", x)
         if x.dim() != 3 or x.shape[2] != input_dim:
             raise ValueError(f"x must have shape [batch, length, {input_dim}], got {list(x.shape)}")
         batch, length, _ = x.shape
-        check_masks(key_padding_mask, None, (batch, 1, length, length))
+        check_masks(key_padding_mask, None, x, (batch, 1, length, length))
         masks = {} if key_padding_mask is None else {"mask": ~key_padding_mask.unsqueeze(-1)}
         y, details = _call(self.daam, x, return_attention_details, **masks)
         if self.embed_transform is not None:
@@ -206,6 +207,7 @@ class DensityAdaptiveTransformer(nn.Module):
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        check_dense("x", x)
         if x.dim() not in (3, 4) or x.shape[1] != self.num_layers:
             raise ValueError(
                 f"x must have shape [batch, num_layers={self.num_layers}, features] or [batch, "

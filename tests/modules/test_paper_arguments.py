@@ -90,7 +90,7 @@ GQDAAM = GroupedQueryDAAM(16, 4, 2)
         (
             lambda: ATTENTION(X, attn_mask=HIDDEN.int()),
             TypeError,
-            "attn_mask must be a boolean or floating-point tensor, got torch.int32",
+            "attn_mask must be a boolean tensor, .* or one of a floating-point type, .* got torch.int32",
         ),
         (lambda: ATTENTION(X, attn_mask="causal"), TypeError, "attn_mask must be .*, got str"),
         (lambda: GQDAAM("x"), TypeError, "x must be a tensor, got str"),
