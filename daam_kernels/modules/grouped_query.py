@@ -166,7 +166,7 @@ class GroupedQueryAttention(nn.Module):
         if need_weights:
             out, weights = _attend(q, k, v, mask, scale, dropout)
         else:
-            grouped = q.shape[1] != k.shape[1]  # asked for only where needed: fewer of torch's kernels take it
+            grouped = self.variant == "gqa" and self.kv_heads != self.query_heads  # fewer of torch's kernels take it
             out = F.scaled_dot_product_attention(
                 q, k, v, mask, dropout, is_causal=causal_alone, scale=scale, enable_gqa=grouped
             )  # fmt: skip

@@ -215,3 +215,11 @@ def test_compiles_without_graph_breaks(make, x):
         torch.testing.assert_close(got[0], truth[0])
         grads = [torch.autograd.grad(y.square().sum(), list(module.parameters())) for y in (got[0], truth[0])]
         torch.testing.assert_close(*grads)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traces(make, x):
+    """torch.jit.trace, as older exporters use it, sees sizes as tensors."""
+    module = make().eval().requires_grad_(False)
+    traced = torch.jit.trace(lambda x: output(module, x), x)
+    torch.testing.assert_close(traced(x), output(module, x))
