@@ -105,9 +105,23 @@ def test_a_file_before_any_fit(tmp_path):
         loaded.predict([EXAMPLE])
     np.savez(tmp_path / "other.npz", a=1)
     (tmp_path / "text.npz").write_text("not an archive")
-    for name in ("other.npz", "text.npz"):
+    np.savez(tmp_path / "nothing.npz", description="{}")
+    np.savez(tmp_path / "list.npz", description="[1]")
+    with open(tmp_path / "array.npz", "wb") as file:
+        np.save(file, np.ones(3))
+    for name in ("other.npz", "text.npz", "nothing.npz", "list.npz", "array.npz"):
         with pytest.raises(ValueError, match="a file that AttentionMechanism.save wrote"):
             AttentionMechanism.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_file_keeps_the_type(tmp_path, dtype):
+    bags, classes, _ = bags_of(20)
+    mechanism = AttentionMechanism(3, 2).fit(bags, classes, epochs=1, progress=False).to(dtype)
+    loaded = AttentionMechanism.load(mechanism.save(tmp_path / "m.npz"))
+    for name, t in mechanism.state_dict().items():
+        assert loaded.state_dict()[name].dtype == dtype and torch.equal(loaded.state_dict()[name], t)
+    np.testing.assert_array_equal(loaded.predict(bags), mechanism.predict(bags))
 
 
 def test_the_picture(tmp_path):

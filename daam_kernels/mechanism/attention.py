@@ -188,6 +188,7 @@ class AttentionMechanism(nn.Module):
         description = dict(
             input_dim=self.input_dim, attention_units=self.attention_units, score=self.pool.score,
             hidden_dim=self.pool.hidden_dim, seed=self.seed, task=self.task, losses=self.losses,
+            dtype=str(self.mean.dtype).removeprefix("torch."),
         )  # fmt: skip
         contents = self.state_dict() if self.classes is None else {**self.state_dict(), "classes": self.classes}
         return files.write(path, description, contents)
@@ -202,9 +203,10 @@ class AttentionMechanism(nn.Module):
         described, arrays = files.read(path)
         names = "input_dim", "attention_units", "hidden_dim", "score", "seed"
         found = cls(**{name: described[name] for name in names})
+        found.to(getattr(torch, described.get("dtype", "float32")))  # the first files did not say
         found.task, found.losses, found.classes = described["task"], described["losses"], arrays.pop("classes", None)
         if "head.weight" in arrays:
-            found.head = nn.Linear(*arrays["head.weight"].shape[::-1])
+            found.head = nn.Linear(*arrays["head.weight"].shape[::-1]).to(found.mean)
         found.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
         return found
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
+import torch
 from torch import Tensor
 
 from ..explain.files import complete
@@ -17,9 +18,11 @@ _FORMAT = 1
 
 
 def write(path: str | os.PathLike[str], description: dict, contents: dict[str, Any]) -> Path:
-    """One array for each of the contents, which are tensors or arrays already."""
+    """One array for each of the contents, which are tensors or arrays already; bfloat16, which NumPy lacks, in more."""
     numpy, path = numpy_for("save"), _checked(path)
-    arrays = {name: t.detach().cpu().numpy() if isinstance(t, Tensor) else t for name, t in contents.items()}
+    tensors = {name: t.detach().cpu() for name, t in contents.items() if isinstance(t, Tensor)}
+    tensors = {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in tensors.items()}
+    arrays = contents | {name: t.numpy() for name, t in tensors.items()}
     described = numpy.array(json.dumps({"format": _FORMAT, **description}))
     with complete(path) as part, open(part, "wb") as file:
         numpy.savez(file, description=described, **arrays)
@@ -32,13 +35,12 @@ def read(path: str | os.PathLike[str]) -> tuple[dict, dict[str, Any]]:
     try:
         with numpy.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, EOFError, BadZipFile):
-        arrays = {}
-    if "description" not in arrays:
-        raise ValueError(f"path must be a file that AttentionMechanism.save wrote, got {os.fspath(path)!r}")
-    description = json.loads(str(arrays.pop("description")))
-    if description["format"] != _FORMAT:
-        raise ValueError(f"path must be a file of format {_FORMAT}, got one of format {description['format']}")
+        description = json.loads(str(arrays.pop("description")))
+        found = description["format"]
+    except (ValueError, EOFError, BadZipFile, LookupError, TypeError, AttributeError):
+        raise ValueError(f"path must be a file that AttentionMechanism.save wrote, got {os.fspath(path)!r}") from None
+    if found != _FORMAT:
+        raise ValueError(f"path must be a file of format {_FORMAT}, got one of format {found}")
     return description, arrays
 
 
