@@ -143,6 +143,9 @@ def test_the_picture(tmp_path):
         (np.zeros((2, 0, 3)), ValueError, r"inputs must have at least one row, .* got shape \[2, 0, 3\]"),
         (np.zeros((0, 2, 3)), ValueError, "inputs must hold at least one input, got none"),
         ([1, 2, 3], ValueError, r"inputs must be \[rows, input_dim=3\], .* got shape \[3\]"),
+        (torch.ones(2, 3).to_sparse(), TypeError, "inputs must be one dense tensor"),
+        ([torch.ones(2, 3).to_sparse()], TypeError, r"inputs\[0\] must be one dense tensor"),
+        (torch.nested.nested_tensor([torch.ones(2, 3)]), TypeError, "inputs must be one dense tensor, got a nested"),
         ([[1, 2, 3], [4, 5]], ValueError, "inputs must be a rectangle of numbers, got rows of different lengths"),
         ([EXAMPLE, [[1, 2]]], ValueError, r"inputs\[1\] must have at least one row, .* got shape \[1, 2\]"),
         ([["a", "b", "c"]], TypeError, "inputs must hold real numbers, got <U1"),
@@ -159,6 +162,7 @@ def test_bad_inputs_are_named(inputs, error, message):
     "arguments, message",
     [
         (dict(targets=[1]), r"targets must have shape \[inputs\] for 2 inputs, got \[1\]"),
+        (dict(targets=[[1], [1, 2]]), "targets must be a rectangle of numbers, got rows of different lengths"),
         (dict(inputs=EXAMPLE), "inputs must be a batch or a list of inputs, got one of shape"),
         (dict(task="ranking"), "task must be one of classification, regression, got 'ranking'"),
         (dict(epochs=0), "epochs must be an int of at least 1, got 0"),
@@ -169,6 +173,13 @@ def test_bad_inputs_are_named(inputs, error, message):
 def test_bad_arguments_of_fit_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         AttentionMechanism(3, 2).fit(**{"inputs": [EXAMPLE, EXAMPLE], "targets": [0, 1], **arguments})
+
+
+def test_targets_of_bfloat16_are_numbers_like_others():
+    targets = torch.tensor([1, 2], dtype=torch.bfloat16)
+    fitted = [AttentionMechanism(3, 2).fit([EXAMPLE, EXAMPLE[:2]], t, task="regression", epochs=2, progress=False)
+              for t in (targets, targets.float())]  # fmt: skip
+    assert fitted[0].losses == fitted[1].losses
 
 
 def test_without_numpy_tensors_work_and_arrays_say_what_is_missing():

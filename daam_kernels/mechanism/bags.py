@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_dense
 from .extras import numpy_for
 
 
@@ -37,6 +38,7 @@ def bags_of(name: str, inputs: Any, input_dim: int) -> Bags:
         inputs = _tensors_of(name, inputs)
     kind = "list"
     if isinstance(inputs, Tensor):
+        check_dense(name, inputs)
         if inputs.dim() not in (2, 3):
             raise ValueError(
                 f"{name} must be [rows, input_dim={input_dim}], [batch, rows, {input_dim}] or a list of "
@@ -50,6 +52,7 @@ def bags_of(name: str, inputs: Any, input_dim: int) -> Bags:
         where = f"{name}[{number}]" if kind == "list" else name
         if not isinstance(bag, Tensor):
             raise TypeError(f"{where} must be a tensor like the others, got {type(bag).__name__}")
+        check_dense(where, bag)
         if bag.is_complex() or bag.dtype == torch.bool:
             raise TypeError(f"{where} must hold real numbers, got {bag.dtype}")
         if bag.dim() != 2 or bag.shape[0] == 0 or bag.shape[1] != input_dim:

@@ -23,7 +23,13 @@ class Targets(NamedTuple):
 
 def targets_of(targets: Any, count: int, task: str, like: Tensor) -> Targets:
     numpy = numpy_for("fit")
-    array = numpy.asarray(targets.detach().cpu() if isinstance(targets, Tensor) else targets)
+    if isinstance(targets, Tensor):
+        targets = targets.detach().cpu()
+        targets = targets.float() if targets.dtype == torch.bfloat16 else targets  # which NumPy does not know
+    try:
+        array = numpy.asarray(targets)
+    except ValueError as error:
+        raise ValueError("targets must be a rectangle of numbers, got rows of different lengths") from error
     if array.ndim == 0 or len(array) != count or array.ndim > (1 if task == "classification" else 2):
         taken = "[inputs]" if task == "classification" else "[inputs] or [inputs, outputs]"
         raise ValueError(f"targets must have shape {taken} for {count} inputs, got {list(array.shape)}")
