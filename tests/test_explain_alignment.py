@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from daam_kernels import explain
+from daam_kernels import AttentionMechanism, explain
 from daam_kernels.explain import alignment
 
 pytest.importorskip("matplotlib")
@@ -21,6 +21,23 @@ def test_rows_are_targets_and_columns_are_sources(tmp_path):
     assert axes.yaxis_inverted() and axes.get_xlabel() == "source" and axes.get_ylabel() == "target"
     assert figure.get_suptitle() == "A title"
     assert path.read_bytes().startswith(b"\x89PNG") and [*tmp_path.iterdir()] == [path]
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    names = ["$5-$6", r"$\notacommand$", "a_b^c"]
+    weights, path = torch.rand(3, 3), tmp_path / "picture.svg"
+    figures = [
+        explain.plot_alignment(weights, names, names, path),
+        explain.plot_importance(weights, path, layer_names=names),
+        explain.plot_layer_contribution(weights, path, layer_names=names),
+        AttentionMechanism(3, 1).plot(weights, path, row_names=names),
+    ]
+    for figure in figures:
+        axes = figure.axes[0]
+        found = [[label for label in labels if label.get_text() in names]
+                 for labels in (axes.get_xticklabels(), axes.get_yticklabels())]  # fmt: skip
+        assert any([label.get_text() for label in labels] == names for labels in found)
+        assert not any(label.get_parse_math() for labels in found for label in labels)
 
 
 def test_long_sequences_have_fewer_labels():

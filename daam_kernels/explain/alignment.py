@@ -61,7 +61,8 @@ def plot_alignment(
     axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
     for axis, tokens in ((axes.xaxis, source), (axes.yaxis, target)):
         step = -(-len(tokens) // _MOST_LABELS)
-        axis.set_ticks(range(0, len(tokens), step), [str(token) for token in list(tokens)[::step]])
+        shown = [str(token) for token in list(tokens)[::step]]
+        axis.set_ticks(range(0, len(tokens), step), shown, parse_math=False)  # a price is no formula
     axes.xaxis.tick_top()
     axes.xaxis.set_label_position("top")
     if max(len(str(token)) for token in source) > 2:

@@ -64,7 +64,7 @@ def plot_importance(
         origin="lower", extent=(0.5, features + 0.5, 0.5, layers + 0.5), interpolation="hanning" if fine else "nearest",
         interpolation_stage="data",  # values are averaged, not colours
     )  # fmt: skip
-    axes.set_yticks(*readable_ticks(names))
+    axes.set_yticks(*readable_ticks(names), parse_math=False)
     count_from_one(axes.xaxis, features)
     axes.set(xlabel="feature", ylabel="layer", title=title)
     figure.colorbar(image, ax=axes, pad=0.015, label="importance factor")
@@ -94,7 +94,7 @@ def plot_layer_contribution(
     axes.axhline(100 / layers, color=_ACCENT, linewidth=1.4, linestyle="--", label=f"equal: {100 / layers:.3g} %")
     positions, shown = readable_ticks(names)
     upright = sum(len(name) + 1 for name in shown) > 9 * figure.get_figwidth()
-    axes.set_xticks(positions, shown, rotation=90 if upright else 0)
+    axes.set_xticks(positions, shown, rotation=90 if upright else 0, parse_math=False)
     axes.set(xlabel="layer", ylabel="contribution / %", title=title, xlim=(0.3, layers + 0.7))
     axes.set_ylim(0, 1.18 * max(percent.nan_to_num().max().item(), 100 / layers))  # room for the legend
     axes.legend(frameon=False, loc="upper right")

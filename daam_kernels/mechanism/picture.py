@@ -28,7 +28,7 @@ def heat_map(
         count_from_one(axes.xaxis, rows)
     else:
         positions, shown = readable_ticks(list(map(str, row_names)))
-        axes.set_xticks(positions, shown, rotation=90 if max(map(len, shown)) > 3 else 0)
+        axes.set_xticks(positions, shown, rotation=90 if max(map(len, shown)) > 3 else 0, parse_math=False)
     axes.set_yticks(range(1, units + 1))
     axes.set(xlabel="row", ylabel="unit", title=title)
     figure.colorbar(image, ax=axes, pad=0.015, label="weight")
