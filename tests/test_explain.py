@@ -152,6 +152,8 @@ def test_layers_with_normalised_weights_contribute_the_same():
         (torch.ones(2, 3), {"layer_axis": 2}, ValueError, r"layer_axis must be in \[-2, 1\].*got 2"),
         (torch.ones(2, 3), {"feature_axis": "x"}, TypeError, "feature_axis must be an int, got 'x'"),
         (torch.ones(2, 3), {"layer_axis": 1}, ValueError, "must be two axes, got 1 for both"),
+        (torch.ones(2, 3).to_sparse(), {}, TypeError, "weights must be one dense tensor, got one of layout"),
+        ({"a": torch.ones(3, device="meta")}, {}, ValueError, r"weights\['a'\] must hold numbers, got .* meta"),
         ({}, {}, ValueError, "weights must have at least one entry"),
         ({"a": torch.ones(2, 3)}, {"layer_axis": 0}, ValueError, "layer_axis must be None for several weights.*got 0"),
         ({"a": torch.ones(3), "b": torch.ones(4)}, {}, ValueError, "same number of features.*3 at 'a', 4 at 'b'"),
@@ -476,6 +478,9 @@ def test_collect_needs_batches_and_finite_weights():
         explain.collect(module, [], progress=False)
     with pytest.raises(ValueError, match="weights of 'FusedMultiHeadDAAM' must be finite"):
         explain.collect(module, [torch.full((2, 8, 2), math.nan)], progress=False)
+    ragged = torch.nested.nested_tensor([torch.randn(8, 2), torch.randn(9, 2)], layout=torch.jagged)
+    with pytest.raises(TypeError, match="weights of 'FusedMultiHeadDAAM' must be one dense tensor, got a nested one"):
+        explain.collect(module, [ragged], progress=False)
 
 
 # Pictures
@@ -623,7 +628,7 @@ def test_layers_are_called_by_the_names_of_the_entries():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["low", "high"]
     axes = explain.plot_importance(torch.rand(100, 4)).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()][:3] == ["1", "5", "9"]
-    for names in (["low"], "ab"):
+    for names in (["low"], "ab", 2):
         with pytest.raises(ValueError, match="layer_names must be one name for each of 2 layers, got"):
             explain.plot_importance(weights, layer_names=names)
 

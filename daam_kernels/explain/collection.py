@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count
+from ..checks import check_count, check_dense
 
 _DETAILS = "return_attention_details"
 
@@ -164,6 +164,7 @@ class _Listener:
         details = details if isinstance(details, Mapping) else {"": details}
         for key, weights in details.items():
             name = ".".join(filter(None, (self.name, key))) or self.shown
+            check_dense(f"the weights of {name!r}", weights)
             average = self.averages.setdefault(name, _Average(self.axes))
             average.add(name, weights, self._valid(name, weights))
         self.call = None

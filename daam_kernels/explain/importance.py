@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checks import check_dense
 from .files import complete
 
 
@@ -117,6 +118,9 @@ def _mean_but(weights: Tensor, kept: tuple[int, ...], name: str) -> Tensor:
         raise TypeError(f"{name} must be a tensor, got {type(weights).__name__}")
     if not weights.dtype.is_floating_point:
         raise TypeError(f"{name} must be of a floating-point type, got {weights.dtype}")
+    check_dense(name, weights)
+    if weights.is_meta:
+        raise ValueError(f"{name} must hold numbers, got a tensor on the device meta")
     dims = weights.dim()
     if dims < len(kept):
         raise ValueError(f"{name} must have at least {len(kept)} dimension(s), got shape {list(weights.shape)}")
@@ -144,6 +148,6 @@ def layer_names_of(weights: Tensor | Mapping[str, Tensor], names: Sequence[str] 
             return [str(number) for number in range(1, layers + 1)]
         shared = os.path.commonprefix(list(weights)).rfind(".") + 1
         return [name[shared:] for name in weights]
-    if isinstance(names, str) or len(names) != layers:
+    if isinstance(names, str) or not hasattr(names, "__len__") or len(names) != layers:
         raise ValueError(f"layer_names must be one name for each of {layers} layers, got {names!r}")
     return [str(name) for name in names]
