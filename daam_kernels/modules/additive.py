@@ -33,6 +33,13 @@ class ProjectedKeys(NamedTuple):
         if more.is_batched != self.is_batched:
             raise ValueError("more must be batched where these keys are, and only there")
         pairs = (self.key, more.key), (self.value, more.value)
+        for name, (own, other) in zip(("key", "value"), pairs):
+            batch, heads, _, size = own.shape
+            if other.dtype != own.dtype or (*other.shape[:2], other.shape[3]) != (batch, heads, size):
+                raise ValueError(
+                    f"more must have a {name} of {own.dtype} and shape [batch={batch}, heads={heads}, Tk, {size}], as "
+                    f"these have, got {other.dtype} {shape_of(other)}"
+                )
         return ProjectedKeys(*(torch.cat(pair, dim=2) for pair in pairs), self.is_batched)
 
     def reorder(self, batches: Tensor) -> ProjectedKeys:

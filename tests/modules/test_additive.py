@@ -1,5 +1,7 @@
 """AdditiveAttention: the module's shapes, projections, masks, decoding step by step, other libraries' weights."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -250,6 +252,16 @@ CALLS = [
     ),
     (lambda m, q, k: m(q, k.to("meta")), ValueError, "key must be on the module's device, cpu, got meta"),
     (lambda m, q, k: m.project_keys(k).append(k), TypeError, "more must be ProjectedKeys.* got Tensor"),
+    (
+        lambda m, q, k: m.project_keys(k).append(m.project_keys(k[:1])),
+        ValueError,
+        r"more must have a key of torch.float32 and shape \[batch=2, heads=1, Tk, .*got torch.float32 \[1, 1, ",
+    ),
+    (
+        lambda m, q, k: m.project_keys(k).append(copy.deepcopy(m).double().project_keys(k.double())),
+        ValueError,
+        "more must have a key of torch.float32 .*got torch.float64",
+    ),
 ]
 
 
