@@ -39,7 +39,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     if _is_compiling() or _is_tracing() or _num_modes():
         return False
     for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or t.is_neg() or not _has_memory(t)):
+        if t is not None and (type(t) not in _PLAIN or t.is_neg() or not _have_memory(t)):
             return False
     return True
 
@@ -67,6 +67,7 @@ def signature(
         or _transforms_active()
         or _num_modes()
         or _is_tracing()
+        or not _have_memory(x, mean_offsets, c)
     ):
         return None
     return (
@@ -99,9 +100,12 @@ def remember(call: tuple, run: Callable[[Tensor, Tensor, Tensor], Tensor]) -> No
     _calls[call] = run
 
 
-def _has_memory(t: Tensor) -> bool:
-    """False for meta tensors, zeros without storage, a vmap's batches, and where there are no elements."""
+def _have_memory(*tensors: Tensor) -> bool:
+    """Not so meta and sparse tensors, zeros without storage, a vmap's batches, and where there are no elements."""
     try:
-        return t.data_ptr() != 0
+        for t in tensors:
+            if t.data_ptr() == 0:
+                return False
     except RuntimeError:
         return False
+    return True

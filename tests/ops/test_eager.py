@@ -190,6 +190,27 @@ def test_saved_tensors_that_come_back_otherwise(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("which", range(4))
+def test_zeros_that_take_no_memory_are_no_remembered_call(which, backend):
+    """Forward-mode derivatives are made of such; the remembered call of their shape read them through null."""
+    tensors = inputs(4, 8, device=device_of(backend))
+    tensors = [*(t.requires_grad_() for t in tensors), torch.ones_like(tensors[0])]
+
+    def both(x, mean_offsets, c, grad):
+        y = density_attention(x, mean_offsets, c + 1, backend=backend)
+        return y, *torch.autograd.grad(y, [t for t in (x, mean_offsets, c) if t.requires_grad], grad)
+
+    both(*tensors)  # remembered from here on
+    zeros = torch.zeros_like(tensors[which])
+    dense, without_memory = (
+        both(*(each if i == which else t for i, t in enumerate(tensors)))
+        for each in (zeros, torch._efficientzerotensor(zeros.shape, device=zeros.device))
+    )
+    for result, expected in zip(without_memory, dense, strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_modes_see_the_operator(backend):
     class Names(TorchDispatchMode):
         seen = ()
