@@ -44,6 +44,8 @@ def check_first(name: str, value: float, dtype: torch.dtype | None) -> float:
     """What a parameter of this type, None being torch's default, is to start from."""
     number = check_finite(name, value)
     dtype = torch.get_default_dtype() if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point type or None, got {dtype!r}")
     if abs(number) > torch.finfo(dtype).max:
         raise ValueError(f"{name} must be within the range of the parameters' type, {dtype}, got {number}")
     return number

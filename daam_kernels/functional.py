@@ -262,6 +262,7 @@ def _check_options(
     **others,
 ) -> DensityOptions:
     check_x(x)
+    check_choice("density", density, _DENSITIES)
     return DensityOptions(
         check_axis(norm_axis, x),
         check_padding_value(padding_value),
@@ -269,7 +270,7 @@ def _check_options(
         check_choice("normalize", normalize, ("clamp", "softmax")),
         _check_eps(_DEFAULT_EPS.get(density, 1e-8) if eps is None else eps, x),
         bool(residual),
-        check_choice("density", density, _DENSITIES),
+        density,
         **others,
     )
 

@@ -81,6 +81,21 @@ def test_what_the_parameters_type_cannot_hold_is_refused_by_name(name, make, val
         make(*shape, **{name: value}, dtype=torch.float16)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, "float32"])
+@pytest.mark.parametrize(
+    "make, arguments",
+    [
+        (FusedMultiHeadDAAM, (1, 2, 3)),
+        (FusedMultiHeadGAAM, (1, 2, 3)),
+        (FusedDensityGate, (4,)),
+        (FusedMultiHeadFeatureDAAM, (24, 4)),
+    ],
+)
+def test_parameters_are_of_a_floating_point_type(make, arguments, dtype):
+    with pytest.raises(TypeError, match=f"dtype must be a floating-point type or None, got {dtype!r}"):
+        make(*arguments, dtype=dtype)
+
+
 MODULES = [
     FusedMultiHeadDAAM(1, 2, 3),
     FusedMultiHeadDAAM(1, 2, 3, eps=[1e-3, 1e-5]),

@@ -234,6 +234,12 @@ WRONG = {
         ValueError,
         r"eps must not round to 0 in the arithmetic of x's type, torch.float16",
     ),
+    "density is a list": (
+        (X, OFFSETS, C),
+        dict(density=[]),
+        ValueError,
+        r"density must be one of product, .*, got \[\]",
+    ),
     "padding_value is a word": (
         (X, OFFSETS, C),
         dict(padding_value="0"),
