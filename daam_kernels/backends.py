@@ -15,8 +15,7 @@ from . import native
 BACKENDS = ("triton", "native", "cuda", "reference")
 ENVIRONMENT_VARIABLE = "DAAM_KERNELS_BACKEND"
 ADDITIVE_ATTENTION = "additive attention"  # in the place of a density
-
-_DENSITIES = {"native": ("product", "mixture"), "cuda": ("product",)}  # what those serve that do not serve all
+DENSITIES = {"native": ("product", "mixture"), "cuda": ("product",)}  # of the backends that do not serve all
 
 _RAW_VARIABLE = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
@@ -111,8 +110,8 @@ def _status(backend: str, x: Tensor, density: str) -> BackendStatus:
     if density == ADDITIVE_ATTENTION and backend == "native":
         if x.dtype == torch.float64:
             return BackendStatus(False, f"of {density} it serves float32, bfloat16 and float16, got {x.dtype}")
-    elif density not in _DENSITIES.get(backend, (density,)):
-        served = " and ".join(map(repr, _DENSITIES[backend]))
+    elif density not in DENSITIES.get(backend, (density,)):
+        served = " and ".join(map(repr, DENSITIES[backend]))
         return BackendStatus(False, f"it serves density={served} alone, got {density!r}")
     if backend == "triton":
         return _triton_status(x.is_cuda)

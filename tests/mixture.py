@@ -5,6 +5,7 @@ from __future__ import annotations
 import daam_kernels
 import numpy as np
 import torch
+from daam_kernels.backends import DENSITIES
 from support import (
     BACKENDS,
     NEGLIGIBLE,
@@ -18,7 +19,7 @@ from support import (
 from torch import Tensor
 
 NAMES = ("y", "dx", "dmean_offsets", "dc", "dweights")
-MIXTURE_BACKENDS = tuple(name for name in BACKENDS if name != "cuda")
+MIXTURE_BACKENDS = tuple(name for name in BACKENDS if "mixture" in DENSITIES.get(name, ("mixture",)))
 
 
 def mixture(num_heads: int, num_gaussians: int, rng: torch.Generator, *, dtype=torch.float32, device="cpu", **options):

@@ -125,14 +125,14 @@ def _backend(case: Case, served: str) -> Layer:
     tensors = (x, case.mean_offsets, case.c, None, None, None)
 
     def forward() -> Sequence[Tensor]:
-        return operator._forward(*tensors, options, False, None, served)[:1]
+        return operator.forward(*tensors, options, False, None, served)[:1]
 
     def both() -> Sequence[Tensor]:
         stats = None
         if served == "triton":
-            stats = operator._or_none(operator._new_stats(x, case.mean_offsets, None, options, served))
-        y, _ = operator._forward(*tensors, options, False, stats, served)
-        return y, *operator._backward(grad, *tensors, stats, options, served)
+            stats = operator.or_none(operator.new_stats(x, case.mean_offsets, None, options, served))
+        y, _ = operator.forward(*tensors, options, False, stats, served)
+        return y, *operator.backward(grad, *tensors, stats, options, served)
 
     return Layer(BACKEND, {FORWARD: forward, BOTH: both})
 

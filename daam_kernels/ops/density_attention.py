@@ -67,7 +67,7 @@ def apply(
     if eager.is_transformed():
         resolve(backend, x, options.density)
         _check_packing(x, mean_offsets, cu_seqlens, options)
-        return _reference_forward(*tensors, options, return_weights)
+        return reference_forward(*tensors, options, return_weights)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not eager.is_plain(*tensors):
         operator = torch.ops.daam_kernels.density_attention.default
@@ -81,7 +81,7 @@ def apply(
         eager.remember(call, _launched(options))
     if needs_grad:
         return _DensityAttention.apply(*tensors, options, return_weights, backend)
-    y, weights = _forward(*tensors, options, return_weights, None, backend)
+    y, weights = forward(*tensors, options, return_weights, None, backend)
     return (y, weights) if return_weights else y
 
 
@@ -115,12 +115,12 @@ def _launched(options: DensityOptions) -> Callable[[Tensor, Tensor, Tensor], Ten
         tensors = x, mean_offsets, c, None, None, None
         if (x.requires_grad or c.requires_grad or mean_offsets.requires_grad) and torch.is_grad_enabled():
             return _DensityAttention.apply(*tensors, options, False, "triton")
-        return _forward(*tensors, options, False, None, "triton")[0]
+        return forward(*tensors, options, False, None, "triton")[0]
 
     return run
 
 
-def _forward(
+def forward(
     x: Tensor,
     mean_offsets: Tensor,
     c: Tensor,
@@ -139,7 +139,7 @@ def _forward(
             if cu_seqlens is None:
                 named = _reference_options(log_shares, mask, options)
                 return in_blocks.forward(x, mean_offsets, c, return_weights=return_weights, **named)
-            result = _reference_forward(x, mean_offsets, c, log_shares, mask, cu_seqlens, options, return_weights)
+            result = reference_forward(x, mean_offsets, c, log_shares, mask, cu_seqlens, options, return_weights)
         y, weights = result if return_weights else (result, None)
         return _as_layout(y, x), _as_layout(weights, x) if return_weights else None
     y = torch.empty_like(x)
@@ -155,7 +155,7 @@ def _forward(
     return y, weights
 
 
-def _backward(
+def backward(
     grad: Tensor,
     x: Tensor,
     mean_offsets: Tensor,
@@ -184,7 +184,7 @@ def _backward(
     with torch.no_grad():
         if cu_seqlens is None:
             return in_blocks.backward(grad, x, mean_offsets, c, **_reference_options(log_shares, mask, options))
-        dx, *rest = _reference_backward(grad, x, mean_offsets, c, log_shares, mask, cu_seqlens, options)
+        dx, *rest = reference_backward(grad, x, mean_offsets, c, log_shares, mask, cu_seqlens, options)
     return _as_layout(dx, x), *rest
 
 
@@ -193,9 +193,9 @@ class _DensityAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, mean_offsets, c, log_shares, mask, cu_seqlens, options, return_weights, backend):
-        stats = _new_stats(x, mean_offsets, cu_seqlens, options, backend) if backend == "triton" else None
+        stats = new_stats(x, mean_offsets, cu_seqlens, options, backend) if backend == "triton" else None
         tensors = x, mean_offsets, c, log_shares, mask, cu_seqlens
-        y, weights = _forward(*tensors, options, return_weights, _or_none(stats), backend)
+        y, weights = forward(*tensors, options, return_weights, or_none(stats), backend)
         ctx.save_for_backward(*tensors, stats)
         ctx.options, ctx.backend, ctx.layout = options, backend, x.stride()
         ctx.set_materialize_grads(False)
@@ -257,22 +257,22 @@ def _gradients(grad, x, mean_offsets, c, log_shares, mask, cu_seqlens, stats, op
     """(dx, dmean_offsets, dc, dlog_shares or None) in whatever way autograd asks for them."""
     tensors = x, mean_offsets, c, log_shares, mask, cu_seqlens
     if torch.is_grad_enabled():
-        gradients = _reference_backward(grad, *tensors, options)
+        gradients = reference_backward(grad, *tensors, options)
     elif eager.is_plain(grad):
-        gradients = _backward(grad, *tensors, _or_none(stats), options, backend)
+        gradients = backward(grad, *tensors, or_none(stats), options, backend)
     else:
         gradients = _call_backward(grad, *tensors, x.new_empty(0) if stats is None else stats, options, backend)
     return gradients if log_shares is not None else (*gradients[:3], None)
 
 
-def _reference_forward(x, mean_offsets, c, log_shares, mask, cu_seqlens, options, return_weights):
+def reference_forward(x, mean_offsets, c, log_shares, mask, cu_seqlens, options, return_weights):
     named = _reference_options(log_shares, mask, options) | {"return_weights": return_weights}
     if cu_seqlens is None:
         return reference.density_attention(x, mean_offsets, c, **named)
     return reference.ragged_density_attention(x, mean_offsets, c, cu_seqlens, **named)
 
 
-def _reference_backward(grad, x, mean_offsets, c, log_shares, mask, cu_seqlens, options):
+def reference_backward(grad, x, mean_offsets, c, log_shares, mask, cu_seqlens, options):
     """The gradient in ordinary operations; a graph of them has derivatives of any order."""
     named = _reference_options(log_shares, mask, options)
     if cu_seqlens is None:
@@ -299,24 +299,24 @@ def _unpack(arguments, num_others):
 
 def _operator(x, mean_offsets, c, log_shares, mask, *rest):
     options, cu_seqlens, return_weights, save_stats, backend = _unpack(rest, 3)
-    stats = _new_stats(x, mean_offsets, cu_seqlens, options, backend if save_stats else None)
+    stats = new_stats(x, mean_offsets, cu_seqlens, options, backend if save_stats else None)
     resolved = resolve(backend, x, options.density)
     tensors = x, mean_offsets, c, log_shares, mask, cu_seqlens
-    y, weights = _forward(*tensors, options, return_weights, _or_none(stats), resolved)
+    y, weights = forward(*tensors, options, return_weights, or_none(stats), resolved)
     return y, weights if return_weights else x.new_empty(0), stats if resolved == "triton" else stats.zero_()
 
 
 def _operator_fake(x, mean_offsets, c, log_shares, mask, *rest):
     options, cu_seqlens, return_weights, save_stats, backend = _unpack(rest, 3)
     weights = torch.empty_like(x) if return_weights else x.new_empty(0)
-    stats = _new_stats(x, mean_offsets, cu_seqlens, options, backend if save_stats else None)
+    stats = new_stats(x, mean_offsets, cu_seqlens, options, backend if save_stats else None)
     return torch.empty_like(x), weights, stats
 
 
 def _operator_backward(grad, x, mean_offsets, c, log_shares, mask, stats, *rest):
     options, cu_seqlens, backend = _unpack(rest, 1)
     resolved = resolve(backend, x, options.density)
-    gradients = _backward(grad, x, mean_offsets, c, log_shares, mask, cu_seqlens, _or_none(stats), options, resolved)
+    gradients = backward(grad, x, mean_offsets, c, log_shares, mask, cu_seqlens, or_none(stats), options, resolved)
     return gradients if log_shares is not None else (*gradients, x.new_empty(0))
 
 
@@ -345,7 +345,7 @@ def _operator_gradient(ctx, grad, _weights, _stats):
     if grad is not None:
         *tensors, stats = ctx.saved_tensors
         if torch.is_grad_enabled():
-            gradients = _reference_backward(grad, *tensors, ctx.options)
+            gradients = reference_backward(grad, *tensors, ctx.options)
         else:
             stats = _in_order(stats, tensors[0], ctx)
             gradients = _call_backward(grad, *tensors, stats, ctx.options, ctx.backend)
@@ -365,7 +365,7 @@ register(
 )
 
 
-def _new_stats(
+def new_stats(
     x: Tensor, mean_offsets: Tensor, cu_seqlens: Tensor | None, options: DensityOptions, backend: str | None
 ) -> Tensor:
     """What a forward saves for Triton's backward; empty where slices are short, and for other backends.
@@ -401,7 +401,7 @@ def _in_order(stats: Tensor | None, x: Tensor, ctx) -> Tensor | None:
     return stats.contiguous() if x.stride() == ctx.layout else stats.new_empty(0)
 
 
-def _or_none(stats: Tensor | None) -> Tensor | None:
+def or_none(stats: Tensor | None) -> Tensor | None:
     return stats if stats is not None and stats.numel() else None
 
 

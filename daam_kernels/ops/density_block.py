@@ -16,7 +16,7 @@ from ..backends import resolve
 from ..kernels.tiling import MOST_LAYERS, fits_block
 from ..options import DensityOptions
 from . import density_attention, eager
-from .density_attention import _backward, _forward, _reference_backward, _reference_forward
+from . import density_attention as layers
 from .registration import register
 
 _TENSORS = "Tensor x, Tensor[] mean_offsets, Tensor[] c, Tensor? mask"
@@ -106,7 +106,7 @@ def _layer_inputs(
     """The input of every layer, and the last one's y, layer by layer."""
     inputs = [x]
     for layer in zip(mean_offsets, c):
-        y, _ = _forward(inputs[-1], *layer, None, mask, None, options, False, None, backend)
+        y, _ = layers.forward(inputs[-1], *layer, None, mask, None, options, False, None, backend)
         inputs.append(y)
     return inputs
 
@@ -145,7 +145,7 @@ def _block_backward(
         return block_backward(grad, x, mean_offsets, c, mask, options)
     inputs = _layer_inputs(x, mean_offsets, c, mask, options, backend)
     return _through_layers(
-        lambda grad, *layer: _backward(grad, *layer, None, mask, None, None, options, backend),
+        lambda grad, *layer: layers.backward(grad, *layer, None, mask, None, None, options, backend),
         grad,
         inputs,
         mean_offsets,
@@ -157,9 +157,13 @@ def _reference_gradients(grad, x, mean_offsets, c, mask, options):
     """The gradients in ordinary operations; a graph of them has derivatives of any order."""
     inputs = [x]
     for layer in zip(mean_offsets, c):
-        inputs.append(_reference_forward(inputs[-1], *layer, None, mask, None, options, False))
+        inputs.append(layers.reference_forward(inputs[-1], *layer, None, mask, None, options, False))
     return _through_layers(
-        lambda grad, *layer: _reference_backward(grad, *layer, None, mask, None, options), grad, inputs, mean_offsets, c
+        lambda grad, *layer: layers.reference_backward(grad, *layer, None, mask, None, options),
+        grad,
+        inputs,
+        mean_offsets,
+        c,
     )
 
 

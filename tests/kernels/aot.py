@@ -326,7 +326,7 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
     from daam_kernels import options
     from daam_kernels.kernels import density_backward, density_block, density_forward, launch, mixture_backward
     from daam_kernels.kernels.remembered import forget_launches
-    from daam_kernels.ops.density_attention import _new_stats
+    from daam_kernels.ops.density_attention import new_stats
 
     modules = density_forward, density_backward, density_block, mixture_backward
     jitted = [f for m in modules for f in vars(m).values() if isinstance(f, JITFunction)]
@@ -351,7 +351,7 @@ def compile_case(name: str, dtype: str, target: str) -> list[dict]:
         cu_seqlens = torch.empty(count + 1, dtype=torch.int32)
         chosen = chosen._replace(max_seqlen=max_seqlen)
     log_shares = torch.zeros_like(parameters[0]) if case.density in ("mixture", "gate") else None
-    stats = _new_stats(x, parameters[0], cu_seqlens, chosen, "triton")
+    stats = new_stats(x, parameters[0], cu_seqlens, chosen, "triton")
     stats = None if name in STRAIGHT or case.inference or not stats.numel() else stats
     with RecordingDriver(TARGETS[target]) as driver:
         if case.layers > 1:

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from daam_kernels import native, reference
+from daam_kernels import backends, native, reference
 
 from .cuda_library import Library, compile_emulation, emulation_in
 
@@ -43,7 +43,7 @@ def _serve_float64(original, reference_function):
     return call
 
 
-def _reference_forward(x, mean_offsets, c, mask, options, y, weights):
+def _reference_forward(x, mean_offsets, c, mask, options, y, weights, _log_shares=None):
     named = options.of_reference() | {"mask": mask, "return_weights": True}
     with torch.no_grad():
         found = reference.density_attention(x, mean_offsets, c, **named)
@@ -52,7 +52,7 @@ def _reference_forward(x, mean_offsets, c, mask, options, y, weights):
         weights.copy_(found[1])
 
 
-def _reference_backward(grad, x, mean_offsets, c, mask, options):
+def _reference_backward(grad, x, mean_offsets, c, mask, options, _dx=None, _log_shares=None):
     named = options.of_reference() | {"mask": mask}
     with torch.no_grad():
         dx, *gradients = reference.density_attention_backward(grad, x, mean_offsets, c, **named)
@@ -67,6 +67,7 @@ _found = native._Library(**dict.fromkeys(native._Library._fields))._replace(
     flags=0,
 )
 native._load = lambda: _found
+backends.DENSITIES["native"] = backends.DENSITIES["cuda"]
 native.density_forward = _serve_float64(native.density_forward, _reference_forward)
 native.density_backward = _serve_float64(native.density_backward, _reference_backward)
 _problem = native.problem
