@@ -91,3 +91,10 @@ def draw_tensors(problem):
     if problem["mask_layout"] is not None:
         options["mask"] = strided(torch.rand(shape, generator=rng) < 0.7, *problem["mask_layout"])
     return x, grad, options, rng
+
+
+def odd_shapes(axis):
+    """(shape, margin) of tensors that are to lie ``margin`` numbers into their memory, with heads along the axis."""
+    for shape, margin in zip([(3, 13, 7), (2, 5, 67), (7, 41, 3), (4, 259, 1)], (1, 3, 5, 7)):
+        if shape[axis] >= 4:
+            yield shape, margin

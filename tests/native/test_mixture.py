@@ -12,7 +12,7 @@ from daam_kernels import native
 from daam_kernels.options import DensityOptions
 from hypothesis import given, settings
 from mixture import NAMES, assert_contract, assert_contract_of_any, evaluate, mixture, truth
-from native.problems import INSTRUCTION_SETS, SPLITS, draw_tensors, needs_library, problems
+from native.problems import INSTRUCTION_SETS, SPLITS, draw_tensors, needs_library, odd_shapes, problems
 from support import (
     DTYPES,
     assert_close,
@@ -217,9 +217,7 @@ def test_the_same_bits_on_any_number_of_threads(split, masked, dtype, threads):
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_odd_sizes_and_unaligned_pointers(axis, dtype):
     """Every tensor, results too, lies at an odd place between NaN that must neither be read nor written."""
-    for seed, (shape, margin) in enumerate(zip([(3, 13, 7), (2, 5, 67), (7, 41, 3), (4, 259, 1)], (1, 3, 5, 7))):
-        if shape[axis] < 4:
-            continue
+    for seed, (shape, margin) in enumerate(odd_shapes(axis)):
         tensors = inputs(shape, dtype, heads=2 if shape[axis] > 4 else 1, seed=seed, width=2.0)
         *_, logits, _ = tensors
         x, mean_offsets, c, _, grad = (nan_padded(t, margin)[0] for t in tensors)
