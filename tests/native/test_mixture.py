@@ -105,6 +105,21 @@ def test_slices_far_from_all_gaussians(way, normalize):
         assert_close(got, exact, 1e-11, name)  # the parameters' gradients cancel
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [100.0, -1e4])
+@pytest.mark.parametrize("way", WAYS)
+def test_padding_far_from_the_rest_costs_no_digits(way, value, dtype):
+    """The first half, that is, where the backward looks for an element near the mean."""
+    shape, axis = WAYS[way]
+    x, *parameters, grad = inputs(shape, dtype, width=2.0)
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask.narrow(axis, 0, shape[axis] // 2).fill_(False)
+    x[~mask] = value
+    for options in (dict(mask=mask), dict(padding_value=value)):
+        got = evaluate("native", x, *parameters, grad, norm_axis=axis, **options)
+        assert_contract_of_any(got, x, *parameters, grad=grad, norm_axis=axis, **options)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_some_slices_are_far_and_their_neighbours_are_not(way):
     """Of a group of slices that lie in the lanes of a vector, one in three is."""
@@ -177,7 +192,7 @@ def test_a_value_that_is_not_finite_stays_in_its_slice(way, value):
         assert g[touched].isnan().any()
     for g, e in zip(got[2:], expected[2:]):
         assert g[0].isnan().all()
-        assert_close(g[1], e[1], 1e-6)
+        assert_same_bits(g[1], e[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
