@@ -27,6 +27,6 @@ def named_in_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.errno is not None and error.filename is None:  # without a number a file would take the message's place
             error.filename = str(path)
         raise

@@ -79,13 +79,13 @@ def test_library_is_built_in_place_and_loads(tree):
     assert record["native"]["built"] and "g++" in record["native"]["detail"]
     assert record["cuda"] == {"built": False, "detail": "csrc/cuda has no kernels"}
     assert built(tree) == {"_core.so", "_build.json"}
-    assert ctypes.CDLL(str(tree / "daam_kernels" / "_core.so")).daam_abi_version() == 2
+    assert ctypes.CDLL(str(tree / "daam_kernels" / "_core.so")).daam_abi_version() == 3
 
 
 def test_a_change_of_source_or_header_is_built(tree):
     build(tree)
     header = tree / "csrc" / "daam_kernels.h"
-    header.write_text(header.read_text().replace("DAAM_ABI_VERSION 2", "DAAM_ABI_VERSION 71"))
+    header.write_text(header.read_text().replace("DAAM_ABI_VERSION 3", "DAAM_ABI_VERSION 71"))
     build(tree)
     shutil.copy(tree / "daam_kernels" / "_core.so", tree / "second.so")  # one path is loaded only once in a process
     assert ctypes.CDLL(str(tree / "second.so")).daam_abi_version() == 71

@@ -28,7 +28,7 @@ def test_example_builds_with_the_library_and_finds_its_results_right(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "DAAM_KERNELS_INSTRUCTION_SET"}
     result = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("right") == 4 and "the same numbers" in result.stdout
+    assert result.stdout.count("right") == 5 and "the same numbers" in result.stdout
 
     least = native.instruction_sets()[-1]
     environment["DAAM_KERNELS_INSTRUCTION_SET"] = least
