@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Callable
+from typing import Callable, Iterable, Iterator
 
 import torch
+from torch._C._profiler import _EventType
 from torch.autograd.profiler import profile
-
-_MEMORY_EVENT = "[memory]"
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
@@ -34,9 +33,22 @@ def _on_cpu(call: Callable[[], object]) -> int:
     with profile(profile_memory=True) as profiler:
         result = call()
     del result  # not before the profiler has stopped
-    events = [event for event in profiler.kineto_results.events() if event.name() == _MEMORY_EVENT]
+    sizes: dict[int, int] = {}  # of what the call took, by address
     held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()  # negative where memory is given back
-        peak = max(peak, held)
+    for event in sorted(_changes(profiler.kineto_results.experimental_event_tree()), key=lambda e: e.start_time_ns):
+        address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        if size > 0:
+            sizes[address] = size
+            held += size
+            peak = max(peak, held)
+        else:  # the profiler takes some memory from before the call for what it saw at that address in a call before
+            held -= sizes.pop(address, 0)
     return peak
+
+
+def _changes(events: Iterable) -> Iterator:
+    """What the allocator gave and took back, on a CPU."""
+    for event in events:
+        if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
+            yield event
+        yield from _changes(event.children)
