@@ -212,7 +212,7 @@ def density_forward(
     parameters = known.address, x.data_ptr(), mean_offsets.data_ptr(), c.data_ptr()
     pointers = _pointer(mask), y.data_ptr(), _pointer(weights)
     if log_shares is not None:
-        log_shares = log_shares.double()
+        log_shares = _contiguous_double(log_shares)
         code = library.mixture_forward(*parameters, log_shares.data_ptr(), *pointers, library.parallel_for)
     elif x.is_cpu:
         code = library.forward(*parameters, *pointers, library.parallel_for)
@@ -243,7 +243,7 @@ def density_backward(
         dx, d_offsets, d_c, *rest = density_backward(grad, x, *served, mask, options, dx, log_shares)
         return dx, d_offsets.to(mean_offsets.dtype), d_c.to(c.dtype), *rest
     dx = torch.empty_like(x) if dx is None else dx
-    shares = () if log_shares is None else (log_shares.double(),)
+    shares = () if log_shares is None else (_contiguous_double(log_shares),)
     gradients = _new_gradients(mean_offsets, c, *shares)
     if not x.numel():
         return dx, *(g.zero_() for g in gradients)
@@ -379,6 +379,11 @@ def _problem(
 def _served(parameter: Tensor) -> Tensor:
     """In a type that the library knows: parameters may be of any floating-point type, 8 bits included."""
     return parameter if parameter.dtype in _TYPES else parameter.float()
+
+
+def _contiguous_double(log_shares: Tensor) -> Tensor:
+    """As the library takes them: saved_tensors_hooks, or a caller of the operator, may give them in another layout."""
+    return log_shares.double().contiguous()
 
 
 def _pointer(t: Tensor | None) -> int | None:

@@ -136,7 +136,7 @@ def assert_contract_of_any(got, x: Tensor, *parameters: Tensor, grad: Tensor, **
     Then they are as exact as what is added up.
     """
     *expected, offsets_size, c_size, weights_size = extended_truth(x, *parameters, grad, **options)
-    rounding = 1e-14 if x.dtype == torch.float64 else 2e-7
+    rounding = 1e-15 if x.dtype == torch.float64 else 2e-7
     near = [*got[:2]]
     for g, e, size in zip(got[2:], expected[2:], (offsets_size, c_size, weights_size), strict=True):
         near.append(e if (g.double() - e).norm() <= rounding * size.norm() else g)
