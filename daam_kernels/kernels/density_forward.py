@@ -152,7 +152,8 @@ def density_forward(
     launch, (x,), mask = prepare(x, mean_offsets, mask, cu_seqlens, options, ("y", "x"), out)
     pointers = dict(
         x_ptr=x, y_ptr=out, weights_ptr=details, mask_ptr=mask, cu_seqlens_ptr=cu_seqlens, stats_ptr=stats,
-        mean_offsets_ptr=mean_offsets.contiguous(), c_ptr=c.contiguous(), log_shares_ptr=log_shares,
+        mean_offsets_ptr=mean_offsets.contiguous(), c_ptr=c.contiguous(),
+        log_shares_ptr=None if log_shares is None else log_shares.contiguous(),
     )  # fmt: skip
     with device_of(x):
         if not launch.tile.num_chunks:

@@ -250,17 +250,3 @@ def test_odd_sizes_and_unaligned_pointers(axis, dtype):
         assert_close(x.double() * weights.double(), y, 1e-2)
         for _, buffer in outputs:
             assert_margins_intact(buffer, margin)
-
-
-def test_shares_in_another_layout():
-    """Those of a saved_tensors_hook, or of a caller of the operator itself."""
-    x, mean_offsets, c, weights, grad = inputs((9, 26), torch.float32, heads=2)
-    options = DensityOptions(1, None, "zero", "clamp", 1e-8, False, "mixture")
-    results = []
-    for shares in (weights.log_softmax(1), weights.log_softmax(1).T.contiguous().T):
-        y = torch.empty_like(x)
-        native.density_forward(x, mean_offsets, c, None, options, y, None, shares)
-        gradients = native.density_backward(grad, x, mean_offsets, c, None, options, None, shares)
-        results.append((y, *gradients))
-    for what, got, expected in zip(NAMES, *results, strict=True):
-        assert_same_bits(got, expected, what)

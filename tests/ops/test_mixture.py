@@ -169,6 +169,18 @@ def test_parameter_gradients_are_bitwise_the_same_every_time(backend):
         assert_same_bits(a, b)
 
 
+@pytest.mark.parametrize("backend", MIXTURE_BACKENDS)
+def test_the_operator_takes_shares_of_any_layout(backend):
+    x, mean_offsets, c, weights = inputs(backend)
+    rest, saved = (None, *PLAIN), torch.empty(0, dtype=torch.float32, device=x.device)
+    results = []
+    for shares in (weights.log_softmax(1), weights.log_softmax(1).T.contiguous().T):
+        y, *_ = forward(x, mean_offsets, c, shares, *rest, False, False, backend)
+        results.append((y, *backward(torch.ones_like(x), x, mean_offsets, c, shares, None, saved, *PLAIN, backend)))
+    for got, expected in zip(*results, strict=True):
+        assert_same_bits(got, expected)
+
+
 # Which backend serves
 
 
