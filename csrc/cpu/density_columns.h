@@ -57,7 +57,8 @@ class Columns {
     first_packed = 0;
     const bool whole = P == Padding::kNone && run == job.longest;
     is_short = kMayBeShort && whole && !job.mixture && n >= 2 && n <= kLongestShort;
-    adjacent = lanes.adjacent(p.x) && lanes.adjacent(p.out) && (!BACKWARD || lanes.adjacent(p.grad));
+    const bool adjacent = lanes.adjacent(p.x) && lanes.adjacent(p.out) && (!BACKWARD || lanes.adjacent(p.grad));
+    in_place = is_short && adjacent && job.storage.format != Format::kFloat16;
     factors = nullptr;
     moments = nullptr;
     if (BACKWARD) grad = {arrays.take(all), n, one};
@@ -80,29 +81,14 @@ class Columns {
 
   int64_t groups() const { return divide_up(lanes.count, N); }
 
-  int together() const { return count; }
+  int together() const { return in_place ? kMostTogether : count; }
 
   // Forward or backward of groups from number j on, as many as that and no more than together().
   void work_on(int64_t j, int groups, SliceSums<T>* sums) {
-    const bool full = (j + groups) * N <= lanes.count;
-    const bool in_place = is_short && adjacent && full && job.storage.format != Format::kFloat16;
-    const daam_density& p = job.problem;
-    const Tensors& t = job.tensors;
-    const Lanes some = {lanes.first + j * N, least(groups * N, lanes.count - j * N), lanes.inner};
-    if (is_short) first_packed = j;
-    if (is_short && !in_place) {
-      job.storage.pack_tile(at(t.x, p.x), p.x, some, x);
-      if (BACKWARD) job.storage.pack_tile(at(t.grad, p.grad), p.grad, some, grad);
+    if constexpr (kMayBeShort) {
+      if (is_short) return work_on_shorts(j, groups, sums);
     }
-    if (!is_short || !full) {
-      work_on_groups<T, Layout, P, BACKWARD>(take(j, groups), groups, job.rules, sums);
-    } else if constexpr (kMayBeShort) {
-      if (in_place && job.storage.format == Format::kBFloat16)
-        work_on_short<T, BACKWARD>(short_groups<BFloat16>(j, groups, in_place), sums);
-      else
-        work_on_short<T, BACKWARD>(short_groups<T>(j, groups, in_place), sums);
-    }
-    if (is_short && !in_place) write(nullptr, some);
+    work_on_groups<T, Layout, P, BACKWARD>(take(j, groups), groups, job.rules, sums);
   }
 
   // The same groups, packed, as density_slices.h takes them.
@@ -136,7 +122,7 @@ class Columns {
   void add(const SliceSums<T>* from, int groups, int64_t j, double* to) const {
     SliceSums<T> sum;
     sum.t0 = sum.t0_v = sum.u1_v = sum.u2_v = V<T>{};
-    for (int b = 0; b < groups; b++) {  // a few in T, all of them in double
+    for (int b = 0; b < groups; b++) {  // some in T, all of them in double
       const Mask<T> exist = first_lanes<T>(lanes.count - (j + b) * N);
       sum.t0 += keep<T>(exist, from[b].t0), sum.t0_v += keep<T>(exist, from[b].t0_v);
       sum.u1_v += keep<T>(exist, from[b].u1_v), sum.u2_v += keep<T>(exist, from[b].u2_v);
@@ -147,6 +133,29 @@ class Columns {
   }
 
  private:
+  void work_on_shorts(int64_t j, int groups, SliceSums<T>* sums) {
+    const int whole = (int)least(groups, lanes.count / N - j);
+    if (in_place && whole) {
+      if (job.storage.format == Format::kBFloat16)
+        work_on_short<T, BACKWARD>(short_groups<BFloat16>(j, whole), sums);
+      else
+        work_on_short<T, BACKWARD>(short_groups<T>(j, whole), sums);
+      j += whole, groups -= whole, sums += whole;
+    }
+    if (groups == 0) return;
+    const daam_density& p = job.problem;
+    const Tensors& t = job.tensors;
+    const Lanes some = {lanes.first + j * N, least(groups * N, lanes.count - j * N), lanes.inner};
+    first_packed = j;
+    job.storage.pack_tile(at(t.x, p.x), p.x, some, x);
+    if (BACKWARD) job.storage.pack_tile(at(t.grad, p.grad), p.grad, some, grad);
+    if (!in_place && groups == whole)
+      work_on_short<T, BACKWARD>(short_groups<T>(j, groups), sums);
+    else
+      work_on_groups<T, Layout, P, BACKWARD>(take(j, groups), groups, job.rules, sums);
+    write(nullptr, some);
+  }
+
   static int64_t group_numbers(int64_t n) { return n * N + 16; }
   // The first row, before the columns.
   DAAM_INLINE char* at(const void* base, const daam_strides& s) const {
@@ -160,7 +169,7 @@ class Columns {
   }
 
   template <class S>
-  ShortGroups<T, S> short_groups(int64_t j, int groups, bool in_place) const {
+  ShortGroups<T, S> short_groups(int64_t j, int groups) const {
     const auto find = [&](const Tile<T>& tile, const void* base, const daam_strides& s) {
       if (in_place) return Field<S>{reinterpret_cast<S*>(at(base, s)) + lanes.offset(0, s) + j * N, s.row, N};
       return Field<S>{reinterpret_cast<S*>(tile.at + (j - first_packed) * tile.group), N, tile.group};  // S is T
@@ -207,7 +216,7 @@ class Columns {
   int64_t head, first_row;
   Lanes lanes;
   bool is_short;  // packed, where at all, a few groups at a time
-  bool adjacent;  // as they lie
+  bool in_place;  // worked on as they lie, but for a last group that is not whole
   int64_t first_packed;     // number of the group that is first in the tiles
   Tile<T> x{}, grad{}, weights{};
   typename Vector<T>::integer* valid = nullptr;

@@ -97,7 +97,7 @@ void run_task(Job<T>& job, int64_t task) {
     unit.pack(i, 0, 0);
     for (int64_t j = 0; j < unit.groups(); j += unit.together()) {
       const int count = (int)least(unit.together(), unit.groups() - j);
-      SliceSums<T> sums[kTogether];
+      SliceSums<T> sums[kMostTogether];
       unit.work_on(j, count, sums);
       if constexpr (BACKWARD) unit.add(sums, count, j, job.sums + task * job.problem.num_heads * job.head_sums);
     }

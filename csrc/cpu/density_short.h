@@ -29,41 +29,71 @@ struct ShortGroups {
   Field<const char> next_x, next_grad;  // where the next groups lie: brought to the L2 cache meanwhile
 };
 
+// What a group's steps leave for those that follow.
+template <class T, int MOST>
+struct Standardised {
+  V<T> x[MOST];
+  Statistics<T> statistics;
+};
+
+template <class T, int MOST, bool BACKWARD>
+struct Weighed {
+  V<T> density[MOST], z[BACKWARD ? MOST : 1], q[BACKWARD ? MOST : 1];  // q is p in the end: see density_gradient.h
+  Origin<T> origin;
+  Totals<T> totals;
+  Normaliser<T> normaliser;
+  Through<T> through;
+};
+
 // LENGTH: of the slices, or 0 where the compiler is not told.
 template <class T, class S, bool BACKWARD, int LENGTH>
 class Short {
-  static constexpr int kMost = LENGTH ? LENGTH : kLongestShort, kMostBackward = BACKWARD ? kMost : 1;
+  static constexpr int kMost = LENGTH ? LENGTH : kLongestShort;
+  // Whether there are registers for a group and the statistics of the next.
+  static constexpr bool kAhead = LENGTH > 0 && (DAAM_VECTOR_BYTES == 64 || LENGTH <= (BACKWARD ? 4 : 5));
+  typedef ::Standardised<T, kMost> Standardised;
+  typedef ::Weighed<T, kMost, BACKWARD> Weighed;
 
  public:
-  explicit Short(const ShortGroups<T, S>& groups) : g(groups) {}
+  explicit Short(const ShortGroups<T, S>& groups)
+      : g(groups), eps((T)groups.rules.eps), narrow(any(groups.heads.narrow)) {}
 
   // sums: of each group, the backward's.
-  DAAM_INLINE void run(SliceSums<T>* sums) {
-    for (int b = 0; b < g.count; b++) find_statistics(b);
-    for (int b = 0; b < g.count; b++) find_totals(b);
-    if constexpr (BACKWARD) {
-      Through<T> through[kTogether];
-      for (int b = 0; b < g.count; b++) differentiate(b, sums[b], through[b]);
-      const Field<const S> from = g.grad;
-      write(g.out, [&](int64_t r, int b) __attribute__((always_inline)) {
-        const Through<T>& t = through[b];
-        const V<T> grad = load_as(from(r, b)), from_start = z[b][r] - start[b];
-        return grad * (density[b][r] * t.factor + t.added) + (t.linear * from_start + t.constant) +
-               q[b][r] * t.slope * (from_start + peak[b]);
-      });
-    } else {
-      V<T> factor[kTogether];
-      const V<T> added = splat<T>(g.rules.residual);
-      for (int b = 0; b < g.count; b++) factor[b] = normaliser(b).factor;
-      if (g.weights.at)
-        write(g.weights, [&](int64_t r, int b) __attribute__((always_inline)) { return density[b][r] * factor[b]; });
-      write(g.out, [&](int64_t r, int b) __attribute__((always_inline)) {
-        return x[b][r] * (density[b][r] * factor[b] + added);
-      });
-    }
+  DAAM_INLINE void run(SliceSums<T>* sums) const {
+    if constexpr (kAhead)
+      run_ahead(sums);
+    else
+      for (int from = 0; from < g.count; from += kTogether) run_together(from, least(kTogether, g.count - from), sums);
   }
 
  private:
+  // The next group's root and quotient take longer than a processor looks ahead: they are asked for before what does
+  // not wait for them. The forward's densities and output are that, and the backward's slopes, beside which there are no
+  // registers for the densities as well.
+  DAAM_INLINE void run_ahead(SliceSums<T>* sums) const {
+    Standardised next;
+    standardise(0, next);
+    for (int b = 0; b < g.count; b++) {
+      const Standardised s = next;
+      Weighed w;
+      if (!BACKWARD && b + 1 < g.count) standardise(b + 1, next);
+      weigh(b, s, w);
+      if (BACKWARD && b + 1 < g.count) standardise(b + 1, next);
+      normalise(b, s, w, sums);
+      write(b, 1, &s, &w);
+    }
+  }
+
+  // Step by step: what a group leaves is in memory.
+  DAAM_INLINE void run_together(int from, int count, SliceSums<T>* sums) const {
+    Standardised s[kTogether];
+    Weighed w[kTogether];
+    for (int b = 0; b < count; b++) standardise(from + b, s[b]);
+    for (int b = 0; b < count; b++) weigh(from + b, s[b], w[b]);
+    for (int b = 0; b < count; b++) normalise(from + b, s[b], w[b], sums);
+    write(from, count, s, w);
+  }
+
   template <class Body>
   DAAM_INLINE void each_element(Body body) const {
     const int64_t n = g.n;
@@ -76,177 +106,158 @@ class Short {
     }
   }
 
-  DAAM_INLINE void find_moments(int b, V<T> shift, Moments<T>& m) {
+  // A sum begins with the first element: a compiler may not leave out the addition of 0.
+  static DAAM_INLINE void add(V<T>& sum, int64_t r, V<T> v) { sum = LENGTH > 0 && r == 0 ? v : sum + v; }
+
+  DAAM_INLINE void find_moments(const V<T>* x, V<T> shift, Moments<T>& m) const {
     V<T> first{}, second{};
     each_element([&](int64_t r) __attribute__((always_inline)) {
-      const V<T> s = x[b][r] - shift;
-      first += s;
-      second += s * s;
+      const V<T> s = x[r] - shift;
+      add(first, r, s);
+      add(second, r, s * s);
     });
     m.shift = shift, m.first = first, m.second = second;
   }
 
-  DAAM_INLINE void find_statistics(int b) {
+  DAAM_INLINE void standardise(int b, Standardised& to) const {
     constexpr int guessed = LENGTH ? LENGTH : kGuessed;
     const Field<const S> from = g.x;
-    each_element([&](int64_t r) __attribute__((always_inline)) { x[b][r] = load_as(from(r, b)); });
-    V<T> sum = x[b][0];
+    const Field<const char> next_x = g.next_x, next_grad = g.next_grad;
+    each_element([&](int64_t r) __attribute__((always_inline)) {
+      __builtin_prefetch(next_x(r, b), 0, 2);
+      if constexpr (BACKWARD) __builtin_prefetch(next_grad(r, b), 0, 2);
+      to.x[r] = load_as(from(r, b));
+    });
+    V<T> sum = to.x[0];
 #pragma GCC unroll 8
-    for (int r = 1; r < guessed; r++) sum += x[b][r];
+    for (int r = 1; r < guessed; r++) sum += to.x[r];
     Moments<T> m;
-    find_moments(b, rounded(sum * (T)(1.0 / guessed)), m);
-    Statistics<T> s;
-    set_count(s.count);
+    find_moments(to.x, rounded(sum * (T)(1.0 / guessed)), m);
+    Statistics<T>& s = to.statistics;
+    // One by one: copied as a whole they would be copied in halves.
+    s.count.n = g.heads.count.n;
+    s.count.share = g.heads.count.share;
+    s.count.free_share = g.heads.count.free_share;
     if constexpr (LENGTH == 0) {
       const Mask<T> far = is_far<T>(m, s.count);
-      if (any(far)) find_moments(b, far ? m.shift + m.first * s.count.share : m.shift, m);
+      if (any(far)) find_moments(to.x, far ? m.shift + m.first * s.count.share : m.shift, m);
+      finish_statistics<T>(m, eps, s);
+    } else {  // the guess is the mean, but for rounding
+      s.high = m.shift;
+      s.low = m.first * s.count.share;
+      finish_deviation<T>(maximum(V<T>{}, m.second - m.first * s.low), eps, s);
     }
-    finish_statistics<T>(m, g.rules.eps, s);
-    high[b] = s.high, low[b] = s.low, rstd[b] = s.rstd;
   }
 
-  // One by one, as in find_nearest: copied as a whole they would be copied in halves.
-  DAAM_INLINE void set_count(Count<T>& count) const {
-    count.n = g.heads.count.n;
-    count.share = g.heads.count.share;
-    count.free_share = g.heads.count.free_share;
-  }
-
-  DAAM_INLINE Statistics<T> statistics(int b) const {
-    Statistics<T> s;
-    set_count(s.count);
-    s.high = high[b], s.low = low[b], s.rstd = rstd[b];
-    return s;
-  }
-
-  DAAM_INLINE Origin<T> at_center(int b) const {
-    Origin<T> o;
-    origin_at_center<T>(o, statistics(b), g.heads.center, g.heads.root);
-    if constexpr (BACKWARD) o.grad = load_as(g.grad(0, b));
-    return o;
-  }
-
-  DAAM_INLINE Origin<T> origin(int b) const {
-    Origin<T> o = at_center(b);
-    if (is_moved[b]) {
-      const Origin<T>& m = moved_to[b];
-      o.high = m.high, o.low = m.low, o.start = m.start, o.peak = m.peak, o.twice = m.twice, o.grad = m.grad;
-      return o;
-    }
-    if constexpr (BACKWARD) {
-      o.start = start[b];
-      set_peak<T>(o, start[b]);
-    }
-    return o;
-  }
-
-  DAAM_INLINE void find_totals(int b) {
-    is_moved[b] = false;
-    Mask<T> moved = g.heads.narrow;
-    if (!any(moved)) {
-      find_densities<false>(b, at_center(b));
-      moved = too_far<T>(totals[b].density, g.heads.count.n);
-    }
-    if (any(moved)) move(b, moved);
-  }
-
-  // Seldom, but for narrow Gaussians: inline it would take registers and code from the way that most slices go.
-  __attribute__((noinline, cold)) void move(int b, const Mask<T>& moved) {
-    Origin<T> o = at_center(b);
+  // Densities relative to the centre, and those of slices for which that is too far relative to their largest.
+  DAAM_INLINE void weigh(int b, const Standardised& s, Weighed& w) const {
+    origin_at_center<T>(w.origin, s.statistics, g.heads.center, g.heads.root);
+    if constexpr (BACKWARD) w.origin.grad = load_as(g.grad(0, b));
+    if (!narrow) find_densities<false>(b, s, w);
+    if (!narrow && !any_below<T>(w.totals.density, kLeastTotal<T>)) return;
+    const Mask<T> moved = narrow ? g.heads.narrow : (Mask<T>)(w.totals.density < kLeastTotal<T>);
     Nearest<T> to;
-    find_nearest(b, to);
-    if (BACKWARD) start_at<T>(o, to.x);
-    move_origin<T>(o, moved, to, statistics(b), g.heads.center);
-    find_densities<true>(b, o);
-    is_moved[b] = true;
-    moved_to[b] = o;
+    find_nearest(b, s, to);
+    if (BACKWARD) start_at<T>(w.origin, to.x);
+    move_origin<T>(w.origin, moved, to, s.statistics, g.heads.center);
+    find_densities<true>(b, s, w);
   }
 
-  DAAM_INLINE void find_nearest(int b, Nearest<T>& found) const {
-    const Statistics<T> s = statistics(b);
-    const V<T> center = s.low + g.heads.center;
-    found.distance = splat<T>((T)INFINITY), found.x = s.high, found.grad = V<T>{};
+  DAAM_INLINE void find_nearest(int b, const Standardised& s, Nearest<T>& found) const {
+    const V<T> center = s.statistics.low + g.heads.center, high = s.statistics.high;
+    found.distance = splat<T>((T)INFINITY), found.x = high, found.grad = V<T>{};
     each_element([&](int64_t r) __attribute__((always_inline)) {
-      const V<T> distance = absolute<T>((x[b][r] - s.high) - center);
+      const V<T> distance = absolute<T>((s.x[r] - high) - center);
       const Mask<T> closer = distance < found.distance;
       found.distance = closer ? distance : found.distance;
-      found.x = closer ? x[b][r] : found.x;
+      found.x = closer ? s.x[r] : found.x;
       if constexpr (BACKWARD) found.grad = closer ? load_as(g.grad(r, b)) : found.grad;
     });
   }
 
   // Of densities relative to the centre, the element nearest to it is where z starts.
   template <bool EXACT>
-  DAAM_INLINE void find_densities(int b, const Origin<T>& o) {
+  DAAM_INLINE void find_densities(int b, const Standardised& s, Weighed& w) const {
+    const Origin<T>& o = w.origin;
     const V<T> twice = EXACT ? (o.peak - o.start) * 2 : V<T>{};
     const Field<const S> from = g.grad;
-    const Field<const char> next_x = g.next_x, next_grad = g.next_grad;
     V<T> sum{}, sum_q{}, nearest = splat<T>((T)INFINITY);
     each_element([&](int64_t r) __attribute__((always_inline)) {
-      if constexpr (!EXACT) {
-        __builtin_prefetch(next_x(r, b), 0, 2);
-        if constexpr (BACKWARD) __builtin_prefetch(next_grad(r, b), 0, 2);
-      }
-      const V<T> from_high = x[b][r] - o.high, d = from_high * o.scale - o.shift, m = ::density<T, EXACT>(d, twice);
-      density[b][r] = m;
-      sum += m;
+      const V<T> from_high = s.x[r] - o.high, d = from_high * o.scale - o.shift, m = ::density<T, EXACT>(d, twice);
+      w.density[r] = m;
+      add(sum, r, m);
       if constexpr (BACKWARD) {
         const V<T> grad = load_as(from(r, b));
         if constexpr (!EXACT) nearest = nearer_to_zero<T>(d, nearest);
-        z[b][r] = d;
-        q[b][r] = (grad - o.grad) * o.high + grad * from_high;
-        sum_q += m * q[b][r];
+        w.z[r] = d;
+        w.q[r] = (grad - o.grad) * o.high + grad * from_high;
+        add(sum_q, r, m * w.q[r]);
       }
     });
-    totals[b].density = sum;
-    if constexpr (BACKWARD) totals[b].q = sum_q;
-    if constexpr (BACKWARD && !EXACT) start[b] = nearest;
+    w.totals.density = sum;
+    if constexpr (BACKWARD) w.totals.q = sum_q;
+    if constexpr (BACKWARD && !EXACT) {
+      w.origin.start = nearest;
+      set_peak<T>(w.origin, nearest);
+    }
   }
 
-  DAAM_INLINE Normaliser<T> normaliser(int b) const {
-    Normaliser<T> f;
-    find_normaliser<T>(totals[b].density, origin(b), statistics(b), g.heads, g.rules.softmax, f);
-    return f;
+  DAAM_INLINE void normalise(int b, const Standardised& s, Weighed& w, SliceSums<T>* sums) const {
+    find_normaliser<T>(w.totals.density, w.origin, s.statistics, g.heads, g.rules.softmax, w.normaliser);
+    if constexpr (BACKWARD) differentiate(s, w, sums[b]);
   }
 
-  DAAM_INLINE void differentiate(int b, SliceSums<T>& sums, Through<T>& through) {
-    const Origin<T> o = origin(b);
-    peak[b] = o.peak;
-    const Normaliser<T> f = normaliser(b);
-    const V<T> mean = mean_of_q<T>(totals[b], f, o);
+  DAAM_INLINE void differentiate(const Standardised& s, Weighed& w, SliceSums<T>& sums) const {
+    const Origin<T>& o = w.origin;
+    const V<T> mean = mean_of_q<T>(w.totals, w.normaliser, o);
     V<T> p1{}, p2{};
     each_element([&](int64_t r) __attribute__((always_inline)) {
-      const V<T> from_start = z[b][r] - o.start, p = density[b][r] * (q[b][r] - mean), pz = p * from_start;
-      q[b][r] = p;
-      p1 += pz;
-      p2 += pz * from_start;
+      const V<T> from_start = w.z[r] - o.start, p = w.density[r] * (w.q[r] - mean), pz = p * from_start;
+      w.q[r] = p;
+      add(p1, r, pz);
+      add(p2, r, pz * from_start);
     });
-    start[b] = o.start;
-    const Slopes<T> raw = {sum_of_slopes(totals[b].density, totals[b].q, mean), p1, p2 + o.twice * p1};
-    find_through<T, Padding::kNone>(raw, f, o, statistics(b), g.heads, g.rules.residual, sums, through);
+    const Slopes<T> raw = {sum_of_slopes(w.totals.density, w.totals.q, mean), p1, p2 + o.twice * p1};
+    find_through<T, Padding::kNone>(
+        raw, w.normaliser, o, s.statistics, g.heads, g.rules.residual, sums, w.through);
+  }
+
+  // Of groups from number `from` on.
+  DAAM_INLINE void write(int from, int count, const Standardised* s, const Weighed* w) const {
+    if constexpr (BACKWARD) {
+      write_to(g.out, from, count, [&](int64_t r, int b) __attribute__((always_inline)) {
+        const Through<T>& t = w[b].through;
+        const V<T> grad = load_as(g.grad(r, from + b)), from_start = w[b].z[r] - w[b].origin.start;
+        return grad * (w[b].density[r] * t.factor + t.added) + (t.linear * from_start + t.constant) +
+               w[b].q[r] * t.slope * (from_start + w[b].origin.peak);
+      });
+    } else {
+      const V<T> added = splat<T>(g.rules.residual);
+      if (g.weights.at)
+        write_to(g.weights, from, count, [&](int64_t r, int b) __attribute__((always_inline)) {
+          return w[b].density[r] * w[b].normaliser.factor;
+        });
+      write_to(g.out, from, count, [&](int64_t r, int b) __attribute__((always_inline)) {
+        return s[b].x[r] * (w[b].density[r] * w[b].normaliser.factor + added);
+      });
+    }
   }
 
   // Row by row, so that whole lines of the cache are written at a time.
   template <class Value>
-  DAAM_INLINE void write(const Field<S> out, Value value) {
-    const int count = g.count;
+  DAAM_INLINE void write_to(const Field<S> out, int from, int count, Value value) const {
     const bool stream = g.stream;
     each_element([&](int64_t r) __attribute__((always_inline)) {
       if (stream)
-        for (int b = 0; b < count; b++) stream_as<T>(out(r, b), value(r, b));
+        for (int b = 0; b < count; b++) stream_as<T>(out(r, from + b), value(r, b));
       else
-        for (int b = 0; b < count; b++) store_as<T>(out(r, b), value(r, b));
+        for (int b = 0; b < count; b++) store_as<T>(out(r, from + b), value(r, b));
     });
   }
 
   const ShortGroups<T, S>& g;
-  V<T> high[kTogether], low[kTogether], rstd[kTogether];  // the statistics
-  V<T> start[kTogether], peak[kTogether];                 // of origins, the backward's
-  bool is_moved[kTogether];
-  Origin<T> moved_to[kTogether];
-  Totals<T> totals[kTogether];
-  V<T> x[kTogether][kMost], density[kTogether][kMost];
-  V<T> z[kTogether][kMostBackward], q[kTogether][kMostBackward];
+  const T eps;
+  const bool narrow;
 };
 
 template <class T, bool BACKWARD, int LENGTH, class S>

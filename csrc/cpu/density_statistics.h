@@ -120,6 +120,12 @@ DAAM_INLINE V<T> squares_from_mean(const Moments<T>& m, V<T> offset) {
   return positive == positive ? positive : m.second;
 }
 
+template <class T>
+DAAM_INLINE void finish_deviation(V<T> squares, T eps, Statistics<T>& s) {
+  s.var = squares * s.count.free_share + eps;
+  s.rstd = 1 / square_root(s.var);
+}
+
 // s.count is there already.
 template <class T>
 DAAM_INLINE void finish_statistics(const Moments<T>& m, double eps, Statistics<T>& s) {
@@ -127,8 +133,7 @@ DAAM_INLINE void finish_statistics(const Moments<T>& m, double eps, Statistics<T
   s.high = m.shift + offset;
   const V<T> taken = s.high - m.shift;
   s.low = (m.shift - (s.high - taken)) + (offset - taken);
-  s.var = squares_from_mean<T>(m, offset) * s.count.free_share + (T)eps;
-  s.rstd = 1 / square_root(s.var);
+  finish_deviation<T>(squares_from_mean<T>(m, offset), (T)eps, s);
 }
 
 // Slices whose first guess is more than a deviation from the mean: the squares would cancel.

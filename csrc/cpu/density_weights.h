@@ -171,11 +171,15 @@ void find_densities(const Group<T>& g, const Mask<T>& asked, const Origin<T>& o,
   });
 }
 
-// Slices whose densities relative to the centre's are too small to be exact.
+// Slices whose densities relative to the centre's are too small to be exact: their sum is below that, and where there are
+// more than 256 elements, below 2^-10 of each.
+template <class T>
+constexpr T kLeastTotal = (T)0.25;
+
 template <class T>
 DAAM_INLINE Mask<T> too_far(V<T> total, V<T> count) {
   const V<T> least = count * (T)0x1p-10;
-  return total < (least > (T)0.25 ? least : splat<T>((T)0.25));
+  return total < (least > kLeastTotal<T> ? least : splat<T>(kLeastTotal<T>));
 }
 
 // What an array of a group's elements has for the first one of each slice that is not padding; 0 where all of it is.
@@ -234,7 +238,7 @@ DAAM_INLINE void find_normaliser(
   f.clamped = Mask<T>{};
   if (softmax) return;
   const V<T> largest = largest_sum<T>(o, s.rstd, heads);
-  if (!any((Mask<T>)(largest < 2) | (Mask<T>)(total < (T)0.25))) return;
+  if (!any_below<T>(largest, 2) && !any_below<T>(total, kLeastTotal<T>)) return;
   const V<T> power = exp2_minus<T>(absolute<T>(largest)) * heads.height;
   f.clamped = largest <= 0 ? (Mask<T>)(total * power < 1) : (Mask<T>)(total < power);
   f.factor = f.clamped ? (largest <= 0 ? power : 1 / power) : f.factor;

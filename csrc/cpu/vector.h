@@ -95,11 +95,13 @@ DAAM_INLINE V<T> keep(Mask<T> mask, V<T> v) {
   return (V<T>)((Mask<T>)v & mask);
 }
 
-// What there is an instruction for that plain C++ does not lead to: the smaller of two, b where either is no number;
-// whether any lane of a mask is set; the square root.
+// What there is an instruction for that plain C++ does not lead to: the smaller and the larger of two, b where either is
+// no number; whether any lane of a mask is set; the square root.
 #if DAAM_X86 && DAAM_VECTOR_BYTES == 32
 DAAM_INLINE V<float> minimum(V<float> a, V<float> b) { return (V<float>)_mm256_min_ps((__m256)a, (__m256)b); }
+DAAM_INLINE V<float> maximum(V<float> a, V<float> b) { return (V<float>)_mm256_max_ps((__m256)a, (__m256)b); }
 DAAM_INLINE V<double> minimum(V<double> a, V<double> b) { return (V<double>)_mm256_min_pd((__m256d)a, (__m256d)b); }
+DAAM_INLINE V<double> maximum(V<double> a, V<double> b) { return (V<double>)_mm256_max_pd((__m256d)a, (__m256d)b); }
 DAAM_INLINE V<float> square_root(V<float> v) { return (V<float>)_mm256_sqrt_ps((__m256)v); }
 DAAM_INLINE V<double> square_root(V<double> v) { return (V<double>)_mm256_sqrt_pd((__m256d)v); }
 template <class M>
@@ -108,7 +110,9 @@ DAAM_INLINE bool any(M mask) {
 }
 #elif DAAM_X86 && DAAM_VECTOR_BYTES == 64 && DAAM_AVX512
 DAAM_INLINE V<float> minimum(V<float> a, V<float> b) { return (V<float>)_mm512_min_ps((__m512)a, (__m512)b); }
+DAAM_INLINE V<float> maximum(V<float> a, V<float> b) { return (V<float>)_mm512_max_ps((__m512)a, (__m512)b); }
 DAAM_INLINE V<double> minimum(V<double> a, V<double> b) { return (V<double>)_mm512_min_pd((__m512d)a, (__m512d)b); }
+DAAM_INLINE V<double> maximum(V<double> a, V<double> b) { return (V<double>)_mm512_max_pd((__m512d)a, (__m512d)b); }
 DAAM_INLINE V<float> square_root(V<float> v) { return (V<float>)_mm512_sqrt_ps((__m512)v); }
 DAAM_INLINE V<double> square_root(V<double> v) { return (V<double>)_mm512_sqrt_pd((__m512d)v); }
 template <class M>
@@ -119,6 +123,10 @@ DAAM_INLINE bool any(M mask) {
 template <class Lanes>
 DAAM_INLINE Lanes minimum(Lanes a, Lanes b) {
   return a < b ? a : b;
+}
+template <class Lanes>
+DAAM_INLINE Lanes maximum(Lanes a, Lanes b) {
+  return a > b ? a : b;
 }
 
 template <class Lanes>
@@ -134,6 +142,15 @@ DAAM_INLINE bool any(M mask) {
   return found;
 }
 #endif
+
+// Without a vector of the comparison's results, which a compiler makes of any().
+template <class T>
+DAAM_INLINE bool any_below(V<T> v, T bound) {
+#if DAAM_X86 && DAAM_VECTOR_BYTES == 64 && DAAM_AVX512
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)v, (__m512)splat<T>(bound), _CMP_LT_OQ);
+#endif
+  return any((Mask<T>)(v < bound));
+}
 
 template <class T>
 DAAM_INLINE V<T> absolute(V<T> v) {
