@@ -231,6 +231,28 @@ def test_short_columns_have_the_same_bits_with_weights(length, residual, dtype):
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [2.0, 0.3], ids=["wide", "narrow"])
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 6, 8, 9])
+def test_short_columns_have_the_same_bits_among_any_others(length, width, dtype):
+    """A group's statistics are found before the group ahead of it is done; calls are of sixteen groups."""
+    rng, columns = generator(length), 16 * 37 + 5
+    x, grad = (torch.randn(2, 2 * length, columns, generator=rng).to(dtype) for _ in range(2))
+    parameters = gaussians(2, 3, rng, width=width, dtype=torch.promote_types(dtype, torch.float32))
+    whole = evaluate("native", x, *parameters, grad, norm_axis=1)
+    for start in (0, 192, 512):  # of 64, which fill groups
+        some = slice(start, start + 64)
+        part = evaluate("native", x[..., some].contiguous(), *parameters, grad[..., some].contiguous(), norm_axis=1)
+        for name, all_of_it, got in zip(("y", "dx"), whole, part):
+            assert_same_bits(all_of_it[..., some], got, name)
+    if width == 2.0:  # of narrow ones the truth of so few elements is ill-conditioned in float32
+        last = slice(columns - 70, columns)
+        expected = truth(x[..., last], *parameters, grad[..., last], norm_axis=1)
+        for got, exact, tolerance in zip(whole[:2], expected, TOLERANCES[dtype]):
+            assert_close(got[..., last], exact, tolerance)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
 def test_any_nan_among_the_parameters_stays_one(bits, dtype):
     """Rounded to bfloat16 by arithmetic on its bits, a NaN of ones alone would become 0."""
