@@ -67,9 +67,8 @@ class Short {
   }
 
  private:
-  // The next group's root and quotient take longer than a processor looks ahead: they are asked for before what does
-  // not wait for them. The forward's densities and output are that, and the backward's slopes, beside which there are no
-  // registers for the densities as well.
+  // The next group's root and quotient take longer than a processor looks ahead, so they are asked for before this group
+  // is done: in the forward before its densities, in the backward, which has no registers for both, after them.
   DAAM_INLINE void run_ahead(SliceSums<T>* sums) const {
     Standardised next;
     standardise(0, next);
