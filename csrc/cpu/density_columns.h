@@ -133,6 +133,7 @@ class Columns {
   }
 
  private:
+  // Whole groups where they lie, if they can be read and written there; what is left is packed.
   void work_on_shorts(int64_t j, int groups, SliceSums<T>* sums) {
     const int whole = (int)least(groups, lanes.count / N - j);
     if (in_place && whole) {

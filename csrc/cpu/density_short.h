@@ -67,7 +67,7 @@ class Short {
   }
 
  private:
-  // The next group's root and quotient take longer than a processor looks ahead, so they are asked for before this group
+  // The next group's root and quotient take longer than a processor looks ahead, so they are asked for before this one
   // is done: in the forward before its densities, in the backward, which has no registers for both, after them.
   DAAM_INLINE void run_ahead(SliceSums<T>* sums) const {
     Standardised next;
@@ -83,7 +83,7 @@ class Short {
     }
   }
 
-  // Step by step: what a group leaves is in memory.
+  // Step by step, where a group and the next one's statistics would not fit: what a step leaves is in memory.
   DAAM_INLINE void run_together(int from, int count, SliceSums<T>* sums) const {
     Standardised s[kTogether];
     Weighed w[kTogether];
@@ -141,7 +141,7 @@ class Short {
       const Mask<T> far = is_far<T>(m, s.count);
       if (any(far)) find_moments(to.x, far ? m.shift + m.first * s.count.share : m.shift, m);
       finish_statistics<T>(m, eps, s);
-    } else {  // the guess is the mean, but for rounding
+    } else {  // the guess is the mean, but for rounding, and the square of what is left never infinite
       s.high = m.shift;
       s.low = m.first * s.count.share;
       finish_deviation<T>(maximum(V<T>{}, m.second - m.first * s.low), eps, s);

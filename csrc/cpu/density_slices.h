@@ -63,7 +63,7 @@ DAAM_INLINE void differentiate(const Group<T>& g, const Density<T>& d, bool resi
 
 // Groups that are worked on together: a processor that waits for one group's root can go on with the next group's.
 constexpr int kTogether = 4;
-constexpr int kMostTogether = 16;  // short ones, where they lie: calls of a few groups cost as much as a group
+constexpr int kMostTogether = 16;  // short ones, where they lie: each call begins with a root that nothing hides
 
 // Forward or backward of up to kTogether groups of slices of one length. sums: of each group, the backward's.
 template <class T, class L, Padding P, bool BACKWARD>
