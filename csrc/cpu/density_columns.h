@@ -81,14 +81,12 @@ class Columns {
 
   int64_t groups() const { return divide_up(lanes.count, N); }
 
-  int together() const { return in_place ? kMostTogether : count; }
-
-  // Forward or backward of groups from number j on, as many as that and no more than together().
-  void work_on(int64_t j, int groups, SliceSums<T>* sums) {
+  // Forward or backward. to: of each head four sums, to which the backward adds.
+  void work_on_all(double* to) {
     if constexpr (kMayBeShort) {
-      if (is_short) return work_on_shorts(j, groups, sums);
+      if (is_short) return work_on_shorts(to);
     }
-    work_on_groups<T, Layout, P, BACKWARD>(take(j, groups), groups, job.rules, sums);
+    for (int64_t j = 0; j < groups(); j += count) work_on(j, (int)least(count, groups() - j), to);
   }
 
   // The same groups, packed, as density_slices.h takes them.
@@ -133,28 +131,45 @@ class Columns {
   }
 
  private:
+  // Packed groups from number j on.
+  void work_on(int64_t j, int groups, double* to) {
+    SliceSums<T> sums[kTogether];
+    work_on_groups<T, Layout, P, BACKWARD>(take(j, groups), groups, job.rules, sums);
+    if (BACKWARD) add(sums, groups, j, to);
+  }
+
   // Whole groups where they lie, if they can be read and written there; what is left is packed.
-  void work_on_shorts(int64_t j, int groups, SliceSums<T>* sums) {
-    const int whole = (int)least(groups, lanes.count / N - j);
-    if (in_place && whole) {
+  void work_on_shorts(double* to) {
+    const int64_t whole = lanes.count / N, here = in_place ? whole : 0;
+    for (int64_t j = 0; j < here; j += kMostTogether) {
+      const int some = (int)least(kMostTogether, here - j);
       if (job.storage.format == Format::kBFloat16)
-        work_on_short<T, BACKWARD>(short_groups<BFloat16>(j, whole), sums);
+        work_on_short_groups(short_groups<BFloat16>(j, some), j, to);
       else
-        work_on_short<T, BACKWARD>(short_groups<T>(j, whole), sums);
-      j += whole, groups -= whole, sums += whole;
+        work_on_short_groups(short_groups<T>(j, some), j, to);
     }
-    if (groups == 0) return;
-    const daam_density& p = job.problem;
-    const Tensors& t = job.tensors;
-    const Lanes some = {lanes.first + j * N, least(groups * N, lanes.count - j * N), lanes.inner};
-    first_packed = j;
-    job.storage.pack_tile(at(t.x, p.x), p.x, some, x);
-    if (BACKWARD) job.storage.pack_tile(at(t.grad, p.grad), p.grad, some, grad);
-    if (!in_place && groups == whole)
-      work_on_short<T, BACKWARD>(short_groups<T>(j, groups), sums);
-    else
-      work_on_groups<T, Layout, P, BACKWARD>(take(j, groups), groups, job.rules, sums);
-    write(nullptr, some);
+    for (int64_t j = here; j < groups(); j += kTogether) {
+      const int some = (int)least(kTogether, groups() - j);
+      const daam_density& p = job.problem;
+      const Tensors& t = job.tensors;
+      const Lanes these = {lanes.first + j * N, least(some * N, lanes.count - j * N), lanes.inner};
+      first_packed = j;
+      job.storage.pack_tile(at(t.x, p.x), p.x, these, x);
+      if (BACKWARD) job.storage.pack_tile(at(t.grad, p.grad), p.grad, these, grad);
+      if (j + some <= whole)
+        work_on_short_groups(short_groups<T>(j, some), j, to);
+      else
+        work_on(j, some, to);
+      write(nullptr, these);
+    }
+  }
+
+  template <class S>
+  void work_on_short_groups(const ShortGroups<T, S>& shorts, int64_t j, double* to) {
+    SliceSums<T> sums[kMostTogether / kSummedTogether];
+    if (BACKWARD) memset(sums, 0, sizeof sums);
+    work_on_short<T, BACKWARD>(shorts, sums);
+    if (BACKWARD) add(sums, (int)divide_up(shorts.count, kSummedTogether), j, to);
   }
 
   static int64_t group_numbers(int64_t n) { return n * N + 16; }

@@ -21,6 +21,14 @@ T usual(double v) {
   return v == v ? (T)v : (T)NAN;
 }
 
+// The variance from which on slices are plain: see Heads.
+template <class T>
+double plain_var(const Job<T>& job, const daam::Quadratic& q, int64_t n) {
+  const double room = log2((double)kLeastTotal<T>) - q.level;  // for what a small variance adds to the level
+  if (!(q.a <= most(8, 2 * n) && room > 0)) return INFINITY;
+  return job.rules.softmax ? 0 : q.spread * 0.5 * kLog2E / room;
+}
+
 // By the head of the first lane. Lanes are heads that follow each other in rows, and all of one head in columns.
 template <class T>
 void set_heads(const Job<T>& job, Heads<T>* heads) {
@@ -29,12 +37,14 @@ void set_heads(const Job<T>& job, Heads<T>* heads) {
     const daam::Quadratic q = job.mixture ? daam::Quadratic() : daam::head_quadratic(p, job.tensors, h);
     const double n = (double)job.length(h), root = sqrt(q.a * 0.5 * kLog2E);
     const bool narrow = !(q.a <= 4.0 * least(job.length(h), 16));
+    const double plain = plain_var(job, q, job.length(h));
     for (int lane = 0; lane < Vector<T>::N; lane++) {
       Heads<T>& to = heads[job.rows ? (h + (p.num_heads - 1) * lane) % p.num_heads : h];
       to.center[lane] = usual<T>(q.center), to.spread[lane] = usual<T>(q.spread);
       to.level[lane] = usual<T>(q.level), to.height[lane] = (T)q.height, to.narrow[lane] = narrow ? -1 : 0;
       to.root[lane] = usual<T>(root), to.inverse_root[lane] = usual<T>(1 / root);
       to.count.n[lane] = (T)n, to.count.share[lane] = (T)(1 / n), to.count.free_share[lane] = (T)(1 / (n - 1));
+      to.plain_var[lane] = (T)plain;
     }
   }
 }
@@ -95,12 +105,7 @@ void run_task(Job<T>& job, int64_t task) {
   if (job.mixture) return run_mixture_task<T, Unit, BACKWARD, P>(job, task, begin, end, unit);
   for (int64_t i = begin; i < end; i++) {
     unit.pack(i, 0, 0);
-    for (int64_t j = 0; j < unit.groups(); j += unit.together()) {
-      const int count = (int)least(unit.together(), unit.groups() - j);
-      SliceSums<T> sums[kMostTogether];
-      unit.work_on(j, count, sums);
-      if constexpr (BACKWARD) unit.add(sums, count, j, job.sums + task * job.problem.num_heads * job.head_sums);
-    }
+    unit.work_on_all(job.sums + task * job.problem.num_heads * job.head_sums);
     unit.write_back();
   }
   finish_streaming();

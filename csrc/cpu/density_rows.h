@@ -57,8 +57,11 @@ class Rows {
   int64_t groups() const { return 1; }
   int together() const { return 1; }
   const Group<T>* take(int64_t, int) const { return &packed; }
-  void work_on(int64_t, int, SliceSums<T>* sums) const {
-    work_on_groups<T, Layout, P, BACKWARD>(&packed, 1, job.rules, sums);
+  // Forward or backward. to: of each head four sums, to which the backward adds.
+  void work_on_all(double* to) const {
+    SliceSums<T> sums;
+    work_on_groups<T, Layout, P, BACKWARD>(&packed, 1, job.rules, &sums);
+    if (BACKWARD) add(&sums, 1, 0, to);
   }
 
   void write_back() const {

@@ -34,6 +34,7 @@ template <class T, int MOST>
 struct Standardised {
   V<T> x[MOST];
   Statistics<T> statistics;
+  Nearest<T> nearest;  // where densities are relative to the largest
 };
 
 template <class T, int MOST, bool BACKWARD>
@@ -43,6 +44,13 @@ struct Weighed {
   Totals<T> totals;
   Normaliser<T> normaliser;
   Through<T> through;
+};
+
+// What the densities of groups are relative to.
+enum class Relative {
+  kToCenter,   // which is expected to be near enough to all slices, none of them clamped: others are done again
+  kToLargest,  // each slice's
+  kToEither    // as the slices of a group need it
 };
 
 // LENGTH: of the slices, or 0 where the compiler is not told.
@@ -56,41 +64,61 @@ class Short {
 
  public:
   explicit Short(const ShortGroups<T, S>& groups)
-      : g(groups), eps((T)groups.rules.eps), narrow(any(groups.heads.narrow)) {}
+      : g(groups), eps((T)groups.rules.eps), residual(groups.rules.residual),
+        narrow(kAhead ? !may_be_plain(groups.heads) : any(groups.heads.narrow)) {}
 
-  // sums: of each group, the backward's.
-  DAAM_INLINE void run(SliceSums<T>* sums) const {
-    if constexpr (kAhead)
-      run_ahead(sums);
+  // sums: those of kSummedTogether groups each are added to, by the backward.
+  static void run(const ShortGroups<T, S>& groups, SliceSums<T>* sums) {
+    if constexpr (!kAhead)
+      run_together(groups, sums);
+    else if (groups.weights.at)
+      run_ahead<Relative::kToEither>(groups, 0, groups.count, sums);
+    else if (may_be_plain(groups.heads))
+      run_ahead<Relative::kToCenter>(groups, 0, groups.count, sums);
     else
-      for (int from = 0; from < g.count; from += kTogether) run_together(from, least(kTogether, g.count - from), sums);
+      run_ahead<Relative::kToLargest>(groups, 0, groups.count, sums);
   }
 
  private:
-  // The next group's root and quotient take longer than a processor looks ahead, so they are asked for before this one
-  // is done: in the forward before its densities, in the backward, which has no registers for both, after them.
-  DAAM_INLINE void run_ahead(SliceSums<T>* sums) const {
+  static DAAM_INLINE bool may_be_plain(const Heads<T>& heads) { return heads.plain_var[0] < (T)INFINITY; }
+
+  // Groups [from, end). The next one's root and quotient take longer than a processor looks ahead, so they are asked for
+  // before this one is done: in the forward before its densities, in the backward, which has no registers for both,
+  // after them.
+  template <Relative TO>
+  static __attribute__((noinline)) void run_ahead(
+      const ShortGroups<T, S>& groups, int from, int end, SliceSums<T>* sums) {
+    const Short all(groups);
     Standardised next;
-    standardise(0, next);
-    for (int b = 0; b < g.count; b++) {
+    all.template standardise<TO>(from, next);
+    for (int b = from; b < end; b++) {
       const Standardised s = next;
       Weighed w;
-      if (!BACKWARD && b + 1 < g.count) standardise(b + 1, next);
-      weigh(b, s, w);
-      if (BACKWARD && b + 1 < g.count) standardise(b + 1, next);
-      normalise(b, s, w, sums);
-      write(b, 1, &s, &w);
+      if (!BACKWARD && b + 1 < end) all.template standardise<TO>(b + 1, next);
+      const bool as_expected = all.template weigh<TO>(b, s, w);
+      if (BACKWARD && b + 1 < end) all.template standardise<TO>(b + 1, next);
+      if (TO == Relative::kToCenter && !as_expected) {
+        run_ahead<Relative::kToEither>(groups, b, b + 1, sums);
+        continue;
+      }
+      all.template normalise<TO>(b, s, w, sums);
+      all.template write<TO>(b, 1, &s, &w);
     }
   }
 
   // Step by step, where a group and the next one's statistics would not fit: what a step leaves is in memory.
-  DAAM_INLINE void run_together(int from, int count, SliceSums<T>* sums) const {
+  static __attribute__((noinline)) void run_together(const ShortGroups<T, S>& groups, SliceSums<T>* sums) {
+    constexpr Relative either = Relative::kToEither;
+    const Short all(groups);
     Standardised s[kTogether];
     Weighed w[kTogether];
-    for (int b = 0; b < count; b++) standardise(from + b, s[b]);
-    for (int b = 0; b < count; b++) weigh(from + b, s[b], w[b]);
-    for (int b = 0; b < count; b++) normalise(from + b, s[b], w[b], sums);
-    write(from, count, s, w);
+    for (int from = 0; from < groups.count; from += kTogether) {
+      const int count = least(kTogether, groups.count - from);
+      for (int b = 0; b < count; b++) all.template standardise<either>(from + b, s[b]);
+      for (int b = 0; b < count; b++) all.template weigh<either>(from + b, s[b], w[b]);
+      for (int b = 0; b < count; b++) all.template normalise<either>(from + b, s[b], w[b], sums);
+      all.template write<either>(from, count, s, w);
+    }
   }
 
   template <class Body>
@@ -118,6 +146,7 @@ class Short {
     m.shift = shift, m.first = first, m.second = second;
   }
 
+  template <Relative TO>
   DAAM_INLINE void standardise(int b, Standardised& to) const {
     constexpr int guessed = LENGTH ? LENGTH : kGuessed;
     const Field<const S> from = g.x;
@@ -146,31 +175,53 @@ class Short {
       s.low = m.first * s.count.share;
       finish_deviation<T>(maximum(V<T>{}, m.second - m.first * s.low), eps, s);
     }
+    if constexpr (TO == Relative::kToLargest) find_nearest(b, to, to.nearest);
   }
 
-  // Densities relative to the centre, and those of slices for which that is too far relative to their largest.
-  DAAM_INLINE void weigh(int b, const Standardised& s, Weighed& w) const {
+  // Whether all slices are as expected of those relative TO that.
+  template <Relative TO>
+  DAAM_INLINE bool weigh(int b, const Standardised& s, Weighed& w) const {
+    if constexpr (TO == Relative::kToLargest) {
+      start_at_nearest(s, w.origin);
+      find_densities<true>(b, s, w);
+      return true;
+    }
     origin_at_center<T>(w.origin, s.statistics, g.heads.center, g.heads.root);
     if constexpr (BACKWARD) w.origin.grad = load_as(g.grad(0, b));
-    if (!narrow) find_densities<false>(b, s, w);
-    if (!narrow && !any_below<T>(w.totals.density, kLeastTotal<T>)) return;
-    const Mask<T> moved = narrow ? g.heads.narrow : (Mask<T>)(w.totals.density < kLeastTotal<T>);
+    const bool try_center = TO == Relative::kToCenter || !narrow;
+    if (try_center) find_densities<false>(b, s, w);
+    const bool near = try_center && !any_below<T>(w.totals.density, kLeastTotal<T>);
+    if constexpr (TO == Relative::kToCenter) return near && !any_below<T>(s.statistics.var, g.heads.plain_var);
+    if (near) return true;
+    const Mask<T> moved = narrow ? ~Mask<T>{} : (Mask<T>)(w.totals.density < kLeastTotal<T>);
     Nearest<T> to;
     find_nearest(b, s, to);
     if (BACKWARD) start_at<T>(w.origin, to.x);
     move_origin<T>(w.origin, moved, to, s.statistics, g.heads.center);
     find_densities<true>(b, s, w);
+    return true;
   }
 
+  DAAM_INLINE void start_at_nearest(const Standardised& s, Origin<T>& o) const {
+    o.scale = g.heads.root * s.statistics.rstd;
+    o.high = s.nearest.x, o.grad = s.nearest.grad;
+    o.low = o.shift = o.start = V<T>{};
+    set_peak<T>(o, s.nearest.distance * o.scale);
+  }
+
+  // distance: with its sign.
   DAAM_INLINE void find_nearest(int b, const Standardised& s, Nearest<T>& found) const {
     const V<T> center = s.statistics.low + g.heads.center, high = s.statistics.high;
-    found.distance = splat<T>((T)INFINITY), found.x = high, found.grad = V<T>{};
+    const auto distance = [&](int64_t r) __attribute__((always_inline)) { return (s.x[r] - high) - center; };
+    found.distance = distance(0), found.x = s.x[0], found.grad = BACKWARD ? load_as(g.grad(0, b)) : V<T>{};
     each_element([&](int64_t r) __attribute__((always_inline)) {
-      const V<T> distance = absolute<T>((s.x[r] - high) - center);
-      const Mask<T> closer = distance < found.distance;
-      found.distance = closer ? distance : found.distance;
-      found.x = closer ? s.x[r] : found.x;
-      if constexpr (BACKWARD) found.grad = closer ? load_as(g.grad(r, b)) : found.grad;
+      if (r > 0) found.distance = nearer_to_zero<T>(distance(r), found.distance);
+    });
+    each_element([&](int64_t r) __attribute__((always_inline)) {
+      if (r == 0) return;
+      const Mask<T> this_one = distance(r) == found.distance;
+      found.x = this_one ? s.x[r] : found.x;
+      if constexpr (BACKWARD) found.grad = this_one ? load_as(g.grad(r, b)) : found.grad;
     });
   }
 
@@ -201,9 +252,17 @@ class Short {
     }
   }
 
+  template <Relative TO>
   DAAM_INLINE void normalise(int b, const Standardised& s, Weighed& w, SliceSums<T>* sums) const {
-    find_normaliser<T>(w.totals.density, w.origin, s.statistics, g.heads, g.rules.softmax, w.normaliser);
-    if constexpr (BACKWARD) differentiate(s, w, sums[b]);
+    if constexpr (TO == Relative::kToCenter)
+      w.normaliser.factor = 1 / w.totals.density, w.normaliser.clamped = Mask<T>{};
+    else
+      find_normaliser<T>(w.totals.density, w.origin, s.statistics, g.heads, g.rules.softmax, w.normaliser);
+    if constexpr (BACKWARD) {
+      SliceSums<T> of_group, &to = sums[b / kSummedTogether];
+      differentiate(s, w, of_group);
+      to.t0 += of_group.t0, to.t0_v += of_group.t0_v, to.u1_v += of_group.u1_v, to.u2_v += of_group.u2_v;
+    }
   }
 
   DAAM_INLINE void differentiate(const Standardised& s, Weighed& w, SliceSums<T>& sums) const {
@@ -222,6 +281,7 @@ class Short {
   }
 
   // Of groups from number `from` on.
+  template <Relative TO>
   DAAM_INLINE void write(int from, int count, const Standardised* s, const Weighed* w) const {
     if constexpr (BACKWARD) {
       write_to(g.out, from, count, [&](int64_t r, int b) __attribute__((always_inline)) {
@@ -231,10 +291,10 @@ class Short {
                w[b].q[r] * t.slope * (from_start + w[b].origin.peak);
       });
     } else {
-      const V<T> added = splat<T>(g.rules.residual);
-      if (g.weights.at)
+      const V<T> added = splat<T>(residual);
+      if (TO == Relative::kToEither && g.weights.at)
         write_to(g.weights, from, count, [&](int64_t r, int b) __attribute__((always_inline)) {
-          return w[b].density[r] * w[b].normaliser.factor;
+          return w[b].density[r] * rounded(w[b].normaliser.factor);  // a product of its own: y's may be a part of a sum
         });
       write_to(g.out, from, count, [&](int64_t r, int b) __attribute__((always_inline)) {
         return s[b].x[r] * (w[b].density[r] * w[b].normaliser.factor + added);
@@ -254,14 +314,14 @@ class Short {
     });
   }
 
-  const ShortGroups<T, S>& g;
-  const T eps;
+  const ShortGroups<T, S> g;
+  const T eps, residual;
   const bool narrow;
 };
 
 template <class T, bool BACKWARD, int LENGTH, class S>
-__attribute__((noinline)) void work_on_told(const ShortGroups<T, S>& groups, SliceSums<T>* sums) {
-  Short<T, S, BACKWARD, LENGTH>(groups).run(sums);
+DAAM_INLINE void work_on_told(const ShortGroups<T, S>& groups, SliceSums<T>* sums) {
+  Short<T, S, BACKWARD, LENGTH>::run(groups, sums);
 }
 
 template <class T, bool BACKWARD, class S>

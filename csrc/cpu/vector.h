@@ -145,11 +145,15 @@ DAAM_INLINE bool any(M mask) {
 
 // Without a vector of the comparison's results, which a compiler makes of any().
 template <class T>
-DAAM_INLINE bool any_below(V<T> v, T bound) {
+DAAM_INLINE bool any_below(V<T> v, V<T> bound) {
 #if DAAM_X86 && DAAM_VECTOR_BYTES == 64 && DAAM_AVX512
-  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)v, (__m512)splat<T>(bound), _CMP_LT_OQ);
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)v, (__m512)bound, _CMP_LT_OQ);
 #endif
   return any((Mask<T>)(v < bound));
+}
+template <class T>
+DAAM_INLINE bool any_below(V<T> v, T bound) {
+  return any_below<T>(v, splat<T>(bound));
 }
 
 template <class T>

@@ -214,19 +214,39 @@ def test_a_nan_in_one_short_column_leaves_the_others(length, normalize, dtype):
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("width", [2.0, 0.5], ids=["wide", "narrow"])
 @pytest.mark.parametrize("length", [2, 3, 5, 8, 9, 24])
-def test_short_columns_have_the_same_bits_with_weights(length, residual, dtype):
+def test_short_columns_have_the_same_bits_with_weights(length, width, residual, dtype):
     x = torch.randn(3, length, 100, generator=generator(length)).to(dtype)
     options, tolerance = (
         dict(norm_axis=1, residual=residual),
         {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2),
     )
-    parameters = gaussians(1, 3, generator(), width=2.0, dtype=torch.promote_types(dtype, torch.float32))
+    parameters = gaussians(1, 3, generator(), width=width, dtype=torch.promote_types(dtype, torch.float32))
     y, weights = density_attention(x, *parameters, return_weights=True, backend="native", **options)
     assert_same_bits(y, density_attention(x, *parameters, backend="native", **options))
     exact = x.double(), *(p.double() for p in parameters)
     expected = density_attention(*exact, return_weights=True, backend="reference", **options)[1]
     assert_close(weights, expected, tolerance, "weights")
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [0.05, 1e-4], ids=["far", "clamped"])
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 6, 7, 8, 9])
+def test_an_odd_short_column_is_exact_and_changes_no_other_group(length, factor, dtype):
+    """Groups of short columns are worked on as if none had a slice like that, and again where one has."""
+    rng = generator(length)
+    x, grad = (torch.randn(1, length, 1500, generator=rng).to(dtype) for _ in range(2))
+    offsets, c = torch.tensor([[0.2, 0.3, 0.4]]), torch.full((1, 3), 1.2)
+    parameters = [p.to(torch.promote_types(dtype, torch.float32)) for p in (offsets, c)]
+    before = evaluate("native", x, *parameters, grad, norm_axis=1)
+    x[..., 70] *= factor
+    got = evaluate("native", x, *parameters, grad, norm_axis=1)
+    assert_contract(got, truth(x, *parameters, grad, norm_axis=1), dtype)
+    for name, now, then in zip(("y", "dx"), got, before):
+        for others in (slice(0, 64), slice(80, 1500)):
+            assert_same_bits(now[..., others], then[..., others], name)
 
 
 @needs_library
