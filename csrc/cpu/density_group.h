@@ -34,7 +34,7 @@ struct Heads {
   V<T> root, inverse_root;  // sqrt(a log2(e) / 2)
   Mask<T> narrow;           // densities relative to the centre's would lose digits, or all of them
   // The variance from which on a slice is not clamped if its densities are exact relative to the centre's; infinite where
-  // few groups are without a slice of which they are not, or that is clamped.
+  // most groups have a slice whose densities are not, or that is clamped.
   V<T> plain_var;
 };
 

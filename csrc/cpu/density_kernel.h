@@ -21,7 +21,8 @@ T usual(double v) {
   return v == v ? (T)v : (T)NAN;
 }
 
-// The variance from which on slices are plain: see Heads.
+// The variance from which on slices are plain: see Heads. Of sixteen slices of up to eight normal numbers, Gaussians of
+// at most that steepness leave none far from the centre in about three groups of four, or more.
 template <class T>
 double plain_var(const Job<T>& job, const daam::Quadratic& q, int64_t n) {
   const double room = log2((double)kLeastTotal<T>) - q.level;  // for what a small variance adds to the level

@@ -64,7 +64,7 @@ DAAM_INLINE void differentiate(const Group<T>& g, const Density<T>& d, bool resi
 // Groups that are worked on together: a processor that waits for one group's root can go on with the next group's.
 constexpr int kTogether = 4;
 constexpr int kMostTogether = 64;  // short ones, where they lie: each call begins with a root that nothing hides
-constexpr int kSummedTogether = 16;  // of those, in T, before all are in double
+constexpr int kSummedTogether = 16;  // of those, in T: sums of sums round less
 
 // Forward or backward of up to kTogether groups of slices of one length. sums: of each group, the backward's.
 template <class T, class L, Padding P, bool BACKWARD>
