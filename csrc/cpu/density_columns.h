@@ -105,9 +105,8 @@ class Columns {
       if (BACKWARD) row.grad = grad.at + from;
       if (P != Padding::kNone) row.valid = valid + from;
       if (weights.at) row.weights = weights.at + from;
-      const Field<const char> ahead_x = look_ahead(next_x, job.problem.x, j);
-      const Field<const char> ahead_grad = look_ahead(next_grad, job.problem.grad, j);
-      packed[b].ahead[0] = {ahead_x.at, ahead_grad.at, ahead_x.row, ahead_grad.row};
+      packed[b].ahead_x[0] = share_of_next(next_x, job.problem.x, j);
+      if (BACKWARD) packed[b].ahead_grad[0] = share_of_next(next_grad, job.problem.grad, j);
     }
     return packed;
   }
@@ -213,6 +212,16 @@ class Columns {
     const int64_t apart = same ? same : s.outer / lanes.inner;  // on average
     const bool in_rows = same && s.row > same;
     return {next + j * N * apart * size, (in_rows ? s.row : N * apart / x.n) * size, N * apart * size};
+  }
+  // Where rows are in one piece: as many vectors as a group has, of the next tile in the order of its memory.
+  DAAM_INLINE Ahead share_of_next(const char* next, const daam_strides& s, int64_t j) const {
+    const int64_t size = (int64_t)job.storage.size, step = N * size;
+    if (lanes.distance(s) != 1 || s.row == 1) {
+      const Field<const char> there = look_ahead(next, s, j);
+      return {there.at, there.row, 0, INT64_MAX, 0};
+    }
+    const int64_t first = j * x.n, row = s.row * size;
+    return {next + first / groups() * row, step, first % groups() * step, groups() * step, row};
   }
   template <class S>
   static Field<const S> as_const(const Field<S>& f) {

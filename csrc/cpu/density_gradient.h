@@ -31,10 +31,10 @@ void find_slopes(const Group<T>& g, const Origin<T>& o, const V<T>& mean_q, Slop
   each_row<T, L>(g, g.lanes(), [&](int r) __attribute__((always_inline)) {
     const Row<T> row = g.row[r];
     const V<T> mean = of_row<T, L>(mean_q, r);
-    const Ahead ahead = g.ahead[r];
+    Ahead ahead = g.ahead_grad[r];
     Sum<T> p1, p2;
     const auto body = [&](int64_t i, auto, auto) __attribute__((always_inline)) {
-      if (!L::kRows || i % (2 * kLine) == 0) ahead.touch_grad(i);
+      if (!L::kRows || i % (2 * kLine) == 0) ahead.touch<L>(i);
       const V<T> z = load(row.z + i * N), p = load(row.density + i * N) * (load(row.q + i * N) - mean), pz = p * z;
       store<T>(row.q + i * N, p);
       p1 += pz;
@@ -101,10 +101,10 @@ void write_gradient_as(const Group<T>& g, const Through<T>& t, const Origin<T>& 
     const V<T> slope = of_row<T, L>(t.slope, r), peak = of_row<T, L>(o.peak, r);
     const V<T> constant = of_row<T, L>(t.constant, r), linear = of_row<T, L>(t.linear, r);
     S* const out = static_cast<S*>(row.out);
-    const Ahead ahead = g.ahead[r];
+    Ahead ahead = g.ahead_grad[r];
     Store<T, S, STREAM> store_at;
     const auto body = [&](int64_t i, auto within, auto slot) __attribute__((always_inline)) {
-      if (L::kRows && i % (2 * kLine) == kLine) ahead.touch_grad(i);  // the other lines
+      if (L::kRows && i % (2 * kLine) == kLine) ahead.touch<L>(i);  // the other lines
       const V<T> grad = within.load(row.grad + i * N), z = load(row.z + i * N), p = load(row.q + i * N) * slope;
       V<T> d = grad * (load(row.density + i * N) * factor + added) + (linear * z + constant);
       if constexpr (P == Padding::kExcluded) {

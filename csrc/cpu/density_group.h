@@ -55,13 +55,20 @@ struct Row {
 
 constexpr int64_t kLine = DAAM_VECTOR_BYTES < 64 ? 64 / DAAM_VECTOR_BYTES : 1;  // vectors of a line of the cache
 
-// Where the next group lies: brought to the L2 cache while this one is worked on.
+// Where what comes next lies: brought to the L2 cache while this group is worked on.
 struct Ahead {
-  const char *x, *grad;
-  int64_t step, grad_step;  // bytes from one vector to the next
+  const char* at;
+  int64_t step;                // bytes from one vector to the next
+  int64_t column, width, row;  // columns: bytes from a row's beginning, of all of it, and from it to the next row
 
-  DAAM_INLINE void touch_x(int64_t i) const { __builtin_prefetch(x + i * step, 0, 2); }
-  DAAM_INLINE void touch_grad(int64_t i) const { __builtin_prefetch(grad + i * grad_step, 0, 2); }
+  // In rows, vector i; in columns the next one, row by row, for neighbours in memory come sooner than lines of many pages.
+  template <class L>
+  DAAM_INLINE void touch(int64_t i) {
+    if constexpr (L::kRows) return __builtin_prefetch(at + i * step, 0, 2);
+    __builtin_prefetch(at + column, 0, 2);
+    column += step;
+    if (column == width) column = 0, at += row;
+  }
 };
 
 // Sums of x - shift and of its square over what the statistics count.
@@ -76,7 +83,7 @@ struct Group {
   Format in_format = Format::kSame, out_format = Format::kSame;
   bool stream = false;  // write past the caches; rows are aligned to vectors then
   Row<T> row[Vector<T>::N];
-  Ahead ahead[Vector<T>::N];
+  Ahead ahead_x[Vector<T>::N], ahead_grad[Vector<T>::N];
   const Heads<T>* heads;
   const Moments<T>* moments = nullptr;  // where they were found as the group was packed
   // Columns may ask that x times the density takes the place of x: pack_again brings x back, and whoever writes y

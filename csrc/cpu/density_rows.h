@@ -125,9 +125,10 @@ class Rows {
     for (int r = 0; r < packed.count; r++) {
       const Places& to = !cut && r < next.count ? next : here;
       const int64_t past = on * (int64_t)job.storage.size;
-      packed.ahead[r].x = to.x[r] + past * job.problem.x.row;
-      packed.ahead[r].grad = BACKWARD ? to.grad[r] + past * job.problem.grad.row : packed.ahead[r].x;
-      packed.ahead[r].step = packed.ahead[r].grad_step = N * (int64_t)job.storage.size;
+      const int64_t step = N * (int64_t)job.storage.size;
+      packed.ahead_x[r].at = to.x[r] + past * job.problem.x.row, packed.ahead_x[r].step = step;
+      if (!BACKWARD) continue;
+      packed.ahead_grad[r].at = to.grad[r] + past * job.problem.grad.row, packed.ahead_grad[r].step = step;
     }
   }
 

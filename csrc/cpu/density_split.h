@@ -89,10 +89,10 @@ class Split : Runs<T, Unit, BACKWARD, P, Found<T>, Known<T>> {
       each_row<T, L>(g, asked, [&](int r) __attribute__((always_inline)) {
         const Row<T> row = g.row[r];
         const V<T> twice = of_row<T, L>(k.origin.twice, r);
-        const Ahead ahead = g.ahead[r];
+        Ahead ahead = g.ahead_grad[r];
         Sum<T> z, zz, qz, qzz;
         const auto body = [&](int64_t i, auto, auto) __attribute__((always_inline)) {
-          if (!L::kRows || i % kLine == 0) ahead.touch_grad(i);
+          if (!L::kRows || i % kLine == 0) ahead.touch<L>(i);
           const V<T> from = load(row.z + i * N), mz = load(row.density + i * N) * from, mzz = mz * (from + twice);
           const V<T> q = load(row.q + i * N);
           z += mz;

@@ -37,6 +37,7 @@ void pack_tile(const void* base, const daam_strides& s, const Lanes& lanes, cons
   if (lanes.adjacent(s)) {
     const S* row = from + lanes.offset(0, s);
     for (int64_t r = 0; r < tile.n; r++, row += s.row) {
+#pragma GCC unroll 4
       for (int64_t j = 0; j < whole; j++) store<T>(tile.at + j * tile.group + r * N, load_as(row + j * N));
       for (int64_t l = whole * N; l < lanes.count; l++) tile.at[whole * tile.group + r * N + l % N] = number(row[l]);
     }
@@ -121,6 +122,7 @@ void unpack_tile(
     for (int64_t r = 0; r < tile.n; r++, row += s.row) {
       const T* const from = tile.at + r * N;
       if (stream)
+#pragma GCC unroll 4
         for (int64_t j = 0; j < whole; j++) stream_as<T>(row + j * N, value(from, j));
       else
         for (int64_t j = 0; j < whole; j++) store_as<T>(row + j * N, value(from, j));

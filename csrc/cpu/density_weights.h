@@ -144,14 +144,14 @@ void find_densities(const Group<T>& g, const Mask<T>& asked, const Origin<T>& o,
   each_row<T, L>(g, asked, [&](int r) __attribute__((always_inline)) {
     const Row<T> row = g.row[r];
     T* const to = PRODUCT ? const_cast<T*>(row.x) : row.density;
-    const Ahead ahead = g.ahead[r];
+    Ahead ahead = g.ahead_x[r];
     const V<T> high = of_row<T, L>(o.high, r), scale = of_row<T, L>(o.scale, r);
     const V<T> shift = of_row<T, L>(o.shift, r), start = of_row<T, L>(o.start, r);
     const V<T> twice = of_row<T, L>(o.peak - o.start, r) * 2;  // 0 where densities are relative to the centre
     const V<T> origin_grad = of_row<T, L>(o.grad, r);
     Sum<T> sum, sum_q;
     const auto body = [&](int64_t i, auto within, auto slot) __attribute__((always_inline)) {
-      if (!L::kRows || i % kLine == 0) ahead.touch_x(i);
+      if (!L::kRows || i % kLine == 0) ahead.touch<L>(i);
       const V<T> x = within.load(row.x + i * N), from_high = x - high;
       V<T> d = from_high * scale - shift, m = within(density<T, EXACT>(d, twice));
       if constexpr (P == Padding::kExcluded) m = keep<T>(load_mask<T>(row.valid + i * N), m);
