@@ -22,13 +22,14 @@ DAAM_INLINE Lanes sum_of_slopes(const Lanes& of_densities, const Lanes& of_q, co
   return of_q - mean_q * of_densities;
 }
 
-// Finds the other two. Writes p, still without the normaliser's factor, over q. Columns ask for the next gradients here,
+// Finds the other two, of the last row first: what rows keep is more than the L1 cache has room for, so the newest is read
+// before it is gone. Writes p, still without the normaliser's factor, over q. Columns ask for the next gradients here,
 // rows for every other line of them, and for the next x in the sweep before: a processor can wait for some twenty lines
 // at a time, and those of both at once would be more.
 template <class T, class L>
 void find_slopes(const Group<T>& g, const Origin<T>& o, const V<T>& mean_q, Slopes<T>& found) {
   constexpr int N = Vector<T>::N;
-  each_row<T, L>(g, g.lanes(), [&](int r) __attribute__((always_inline)) {
+  each_row<T, L, true>(g, g.lanes(), [&](int r) __attribute__((always_inline)) {
     const Row<T> row = g.row[r];
     const V<T> mean = of_row<T, L>(mean_q, r);
     Ahead ahead = g.ahead_grad[r];

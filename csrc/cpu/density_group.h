@@ -101,12 +101,15 @@ struct Rules {
   bool softmax, residual;
 };
 
-// The rows of a group, one after the other; columns are all in one. Those that are not asked for are left out.
-template <class T, class L, class Body>
+// The rows of a group, one after the other, or from the last to the first: such a sweep still finds near it what the one
+// before has left. Columns are all in one. Those that are not asked for are left out.
+template <class T, class L, bool FROM_LAST = false, class Body>
 DAAM_INLINE void each_row(const Group<T>& g, Mask<T> asked, Body body) {
   if constexpr (!L::kRows) return body(0);
-  for (int r = 0; r < g.count; r++)
+  for (int i = 0; i < g.count; i++) {
+    const int r = FROM_LAST ? g.count - 1 - i : i;
     if (asked[r]) body(r);
+  }
 }
 
 // What a row needs of numbers per slice, and what it gives to them.
